@@ -1,0 +1,51 @@
+"""Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
+
+from bilevel import inner
+from bilevel.certificate import Certificate, Cost, Hypergradient
+from bilevel.errors import (
+    BilevelError,
+    InvalidTypeError,
+    InvalidValueError,
+    NonFiniteError,
+    UnseenHyperparameterError,
+    UntrustedHypergradientError,
+    UntrustedHypergradientWarning,
+)
+from bilevel.hyperparameters import interval, positive, real, simplex
+from bilevel.outer import hypergradient, solve
+from bilevel.problem import BilevelProblem
+from bilevel.solution import Record, Solution
+from bilevel.solvers import CG, METHODS, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "METHODS",
+    "BilevelError",
+    "BilevelProblem",
+    "Certificate",
+    "Cholesky",
+    "Cost",
+    "FixedPoint",
+    "Hypergradient",
+    "Implicit",
+    "InvalidTypeError",
+    "InvalidValueError",
+    "Neumann",
+    "NonFiniteError",
+    "Record",
+    "Solution",
+    "Truncated",
+    "UnseenHyperparameterError",
+    "UntrustedHypergradientError",
+    "UntrustedHypergradientWarning",
+    "Unroll",
+    "hypergradient",
+    "inner",
+    "interval",
+    "positive",
+    "real",
+    "simplex",
+    "solve",
+]

@@ -1,0 +1,112 @@
+"""The hypergradient and the certificate that says how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["exact", "approximate", "untrusted"]
+
+# The contract: "exact" means that the estimated relative error is below this.
+EXACT_BELOW = 1e-3
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a hypergradient can be trusted.
+
+    Attributes:
+        verdict: "exact" (exact in the limit, estimated relative error below 1e-3), "approximate"
+            (approximates by design and works as designed) or "untrusted".
+        inner_residual: norm of the inner gradient where the hypergradient was taken, relative to
+            the inner gradient's own scale (see `bilevel.solvers.base.inner_scale`).
+        adjoint_residual: true relative residual of the linear system; None if none was solved.
+        curvature: smallest p·Hp / p·p met on the way; None if none was looked at.
+        error: estimated relative error of the hypergradient; None where the method has no estimate.
+        reasons: sentences that say what is wrong and which knob to turn.
+        notes: sentences that say what was done on the way and is worth knowing.
+    """
+
+    verdict: Verdict
+    inner_residual: float | None = None
+    adjoint_residual: float | None = None
+    curvature: float | None = None
+    error: float | None = None
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trusted(self) -> bool:
+        """True unless the verdict is "untrusted"."""
+        return self.verdict != "untrusted"
+
+    def __str__(self) -> str:
+        figures = {
+            "estimated relative error": self.error,
+            "inner residual": self.inner_residual,
+            "adjoint residual": self.adjoint_residual,
+            "smallest curvature": self.curvature,
+        }
+        lines: list[str] = [self.verdict]
+        lines += [f"  {name}: {value:.2e}" for name, value in figures.items() if value is not None]
+        lines += [f"  ! {reason}" for reason in self.reasons]
+        lines += [f"  - {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def judge(error: float | None, reasons: Sequence[str], *, by_design: bool, hint: str) -> tuple[Verdict, list[str]]:
+    """Turn an error estimate and what went wrong into a verdict and its reasons.
+
+    Args:
+        error: estimated relative error; None if the method has no estimate.
+        reasons: what is wrong for certain; any entry makes the verdict "untrusted".
+        by_design: the method approximates by design, so a large error is no fault of its own.
+        hint: what to do about a large error, as the end of a sentence.
+    """
+    if reasons:
+        return "untrusted", list(reasons)
+    if error is not None and error < EXACT_BELOW:
+        return "exact", []
+    if by_design:
+        return "approximate", []
+    shown = "unknown" if error is None else f"{error:.1e}"
+    return "untrusted", [
+        f"the estimated relative error of the hypergradient is {shown} (exact means below {EXACT_BELOW:.0e}): {hint}"
+    ]
+
+
+@dataclass
+class Cost:
+    """What was spent: exact counts, so that tests can hold them.
+
+    Attributes:
+        gradients: gradients of the inner or the outer loss.
+        products: Hessian-vector or Jacobian-vector products (a dense Hessian of n variables counts n).
+    """
+
+    gradients: int = 0
+    products: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.gradients + other.gradients, self.products + other.products)
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The gradient of the outer loss through the inner solution, with its certificate.
+
+    Attributes:
+        gradient: dF/dλ in natural units, structured like the user's `hparams` (a name-to-tensor
+            dict where an estimator returns it).
+        outer_loss: F(λ) at the inner solution.
+        params: the inner solution, structured like the user's `params`.
+        certificate: how far `gradient` can be trusted.
+        cost: gradients and products spent, the inner solve included.
+    """
+
+    gradient: Any
+    outer_loss: float
+    params: Any
+    certificate: Certificate
+    cost: Cost

@@ -1,0 +1,93 @@
+"""The one door for data: nothing, one batch, a dataset, or a stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from bilevel.errors import InvalidTypeError, InvalidValueError
+
+
+class Batches:
+    """Where the batches of one loss come from.
+
+    A tensor or a dict/list/tuple of tensors is *one batch*. A map-style `Dataset` is read whole into
+    one batch; wrap it in a `DataLoader` for minibatches. Any other iterable is a stream of batches
+    and starts again when it ends. Batches go to the device of `params`.
+
+    Attributes:
+        given: False when the loss takes no batch.
+        deterministic: every draw is the same.
+    """
+
+    def __init__(self, data: Any, role: str, device: torch.device) -> None:
+        self._role, self._device = role, device
+        self._stream: Iterable[Any] | None = None
+        self._iterator: Iterator[Any] | None = None
+        self._batch: Any = None
+        self.given = data is not None
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            data = default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
+        if isinstance(data, (Tensor, dict, list, tuple)):
+            self._batch = self._to_device(data, strict=True)
+        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)) and not _is_array(data):
+            self._stream = data
+        elif self.given:
+            raise InvalidTypeError(
+                f"`{role}` is a {type(data).__name__}, expected None, one batch (Tensors in a dict/list/tuple), "
+                "a Dataset, a DataLoader or an iterable of batches"
+            )
+        self.deterministic = self._stream is None
+
+    def draw(self) -> Any:
+        """Return the one batch, or the next of the stream."""
+        if self._stream is None:
+            return self._batch
+        if self._iterator is None:
+            self._iterator = iter(self._stream)
+        batch = next(self._iterator, _END)
+        if batch is _END:
+            self._iterator = iter(self._stream)
+            batch = next(self._iterator, _END)
+        if batch is _END:
+            raise InvalidValueError(
+                f"`{self._role}` has no batch left; give an iterable that can start again, "
+                "for example a DataLoader, not an exhausted iterator"
+            )
+        return self._to_device(batch, strict=False)
+
+    def epoch(self) -> int:
+        """Return the number of batches in one pass; 1 without a stream."""
+        if self._stream is None:
+            return 1
+        try:
+            return len(self._stream)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InvalidTypeError(
+                f"`{self._role}` has no length, so `epochs` cannot be counted; give `steps` instead"
+            ) from error
+
+    def _to_device(self, batch: Any, *, strict: bool) -> Any:
+        leaves = optree.tree_leaves(batch, none_is_leaf=True)
+        wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        if strict and (wrong or not leaves):
+            kind = type(wrong[0]).__name__ if wrong else "empty structure"
+            raise InvalidTypeError(
+                f"`{self._role}` holds a {kind}, expected Tensors (for an array: torch.from_numpy(array)); a list "
+                "of batches is read as one batch: give a DataLoader or another iterable instead"
+            )
+        return optree.tree_map(
+            lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, batch, none_is_leaf=True
+        )
+
+
+_END = object()
+
+
+def _is_array(data: Any) -> bool:
+    return type(data).__module__ == "numpy"

@@ -1,0 +1,55 @@
+"""Everything this library raises or warns with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BilevelError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class InvalidValueError(BilevelError, ValueError):
+    """An argument has the right type and a wrong value, shape, dtype, device or structure."""
+
+
+class InvalidTypeError(BilevelError, TypeError):
+    """An argument, or what a user's function returned, has the wrong type."""
+
+
+class UnseenHyperparameterError(BilevelError, ValueError):
+    """A hyperparameter has no path to the outer loss under the chosen method."""
+
+
+class UntrustedHypergradientError(BilevelError, ArithmeticError):
+    """A hypergradient's certificate says "untrusted" and `on_untrusted="raise"` was asked for.
+
+    Attributes:
+        certificate: the certificate in question, with its reasons.
+        solution: the run up to the last good step when a run was stopped, else None.
+    """
+
+    def __init__(self, message: str, certificate: Any, solution: Any = None) -> None:
+        super().__init__(message)
+        self.certificate = certificate
+        self.solution = solution
+
+
+class NonFiniteError(BilevelError, ArithmeticError):
+    """A NaN or an infinity came up; the run stopped at once.
+
+    Attributes:
+        quantity: what was not finite, for example "inner loss".
+        step: the outer step (0 is the first), or None outside a run.
+        solution: the run up to the last good step, or None if there was none.
+    """
+
+    def __init__(self, message: str, quantity: str, step: int | None = None, solution: Any = None) -> None:
+        super().__init__(message)
+        self.quantity = quantity
+        self.step = step
+        self.solution = solution
+
+
+class UntrustedHypergradientWarning(UserWarning):
+    """A hypergradient's certificate says "untrusted" (`on_untrusted="warn"`, the default)."""

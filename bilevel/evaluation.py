@@ -1,0 +1,120 @@
+"""One hypergradient after another of one problem, each starting from what the last one left."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from bilevel.certificate import Hypergradient
+from bilevel.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    UntrustedHypergradientError,
+    UntrustedHypergradientWarning,
+)
+from bilevel.problem import BilevelProblem, ProblemResponse
+from bilevel.solvers.base import Estimator, State
+from bilevel.vector import Vector
+
+OnUntrusted = Literal["warn", "raise", "ignore"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A hypergradient on named tensors (natural units) and what it took to get it.
+
+    Attributes:
+        hypergradient: `gradient` and `params` are `Vector`s.
+        inner_loss: the inner loss at the inner solution; None where the method did not look.
+        inner_steps: steps of the inner solver.
+        inner_status: why the inner solver stopped.
+    """
+
+    hypergradient: Hypergradient
+    inner_loss: float | None
+    inner_steps: int
+    inner_status: str
+
+
+@dataclass
+class Evaluator:
+    """Hypergradients of one problem by one estimator, with warm starts.
+
+    Attributes:
+        lower: the last inner solution, from which the next inner solve starts; None: from `params`.
+        state: what the estimator kept.
+        gradient_floor: norm below which a hypergradient counts as zero, natural units.
+    """
+
+    problem: BilevelProblem
+    estimator: Estimator
+    lower: Vector | None = None
+    state: State = None
+    gradient_floor: float = field(default=0.0)
+
+    def __call__(self, upper: Vector, given: Vector | None = None) -> Evaluation:
+        """Return the hypergradient at natural hyperparameters `upper`.
+
+        Args:
+            upper: the hyperparameters, natural units.
+            given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
+        """
+        response = ProblemResponse(self.problem, self.gradient_floor)
+        start = self.problem.params.start
+        if self.estimator.unrolls:
+            # The loop itself is what is differentiated, so it begins where the user's begins.
+            steps, status = response.unroll_steps(), "steps"
+            lower = start if given is None else given
+        elif given is None:
+            solution = response.solve_inner(start if self.lower is None else self.lower, upper)
+            lower, steps, status = solution.value, solution.steps, solution.status
+        else:
+            lower, steps, status = given, 0, "given"
+        found, self.state = self.estimator(response, lower, upper, self.state)
+        self.lower = found.params
+        return Evaluation(found, response.inner_loss, steps, status)
+
+
+def check_on_untrusted(on_untrusted: str) -> None:
+    """Raise for a value that is none of "warn", "raise", "ignore"."""
+    if on_untrusted not in get_args(OnUntrusted):
+        raise InvalidValueError(
+            f"`on_untrusted` is {on_untrusted!r}, expected one of {', '.join(get_args(OnUntrusted))}"
+        )
+
+
+def report_untrusted(hypergradient: Hypergradient, on_untrusted: str, stacklevel: int) -> None:
+    """Warn or raise, as asked, if the certificate says so."""
+    certificate = hypergradient.certificate
+    if certificate.trusted or on_untrusted == "ignore":
+        return
+    message = "the hypergradient is untrusted: " + "; ".join(certificate.reasons)
+    if on_untrusted == "raise":
+        raise UntrustedHypergradientError(message, certificate)
+    warnings.warn(message, UntrustedHypergradientWarning, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def own_randomness(problem: BilevelProblem, seed: int | None) -> Iterator[None]:
+    """Leave torch's global random state as it was, and start from `seed` inside."""
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise InvalidTypeError(f"`seed` is {seed!r}, expected a whole number or None")
+    devices = {t.device for t in problem.params.start.values() if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def check_problem(problem: Any) -> None:
+    """Raise unless it is a `BilevelProblem`."""
+    if not isinstance(problem, BilevelProblem):
+        raise InvalidTypeError(
+            f"`problem` is a {type(problem).__name__}, expected a BilevelProblem; write "
+            "bilevel.BilevelProblem(inner_loss, outer_loss, params, hparams)"
+        )

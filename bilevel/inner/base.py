@@ -1,0 +1,68 @@
+"""What inner solvers take and return."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bilevel.solvers.base import Response
+from bilevel.variables import Variables
+from bilevel.vector import Vector
+
+
+@dataclass(frozen=True)
+class InnerSolution:
+    """The end of an inner solve.
+
+    Attributes:
+        value: the inner variables, without a graph.
+        steps: iterations taken; 1 for a user's own loop.
+        status: "converged", "steps" (a fixed number was asked for and taken), "max_steps" or "stalled".
+    """
+
+    value: Vector
+    steps: int
+    status: str
+
+
+class Task(Response, Protocol):
+    """The inner problem of one hypergradient, as inner solvers see it."""
+
+    params: Variables
+    data: Any
+    """`inner_data` as the user gave it; None without."""
+    deterministic: bool
+    """Every batch is the same."""
+
+    def draw(self) -> Any:
+        """Return the next inner batch."""
+        ...
+
+    def epoch(self) -> int:
+        """Return the number of batches in one pass over the inner data."""
+        ...
+
+    def value_and_gradient(
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False
+    ) -> tuple[Tensor, Vector]:
+        """Return the inner loss and its gradient; buffers move, as they do in training."""
+        ...
+
+    def hparams(self, upper: Vector) -> AbstractContextManager[Any]:
+        """Lend the user's `hparams` with the tensors of `upper`."""
+        ...
+
+
+class InnerSolver(Protocol):
+    """A way to minimize the inner loss: a frozen dataclass of settings with a `solve`.
+
+    One that has differentiable steps also has `unroll_steps(task)`, `initial_state(lower)` and
+    `step(task, lower, state, upper, t)`, and can be unrolled.
+    """
+
+    def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
+        """Return the inner variables that training from `lower` ends at."""
+        ...

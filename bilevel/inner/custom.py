@@ -1,0 +1,64 @@
+"""The user's own training loop as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel.errors import InvalidTypeError, NonFiniteError
+from bilevel.inner.base import InnerSolution, Task
+from bilevel.variables import ModuleVariables
+from bilevel.vector import Vector, detach, is_finite
+
+
+@dataclass(frozen=True)
+class Custom:
+    """Call `fit(params, hparams)`, or `fit(params, hparams, data)` where `inner_data` is given.
+
+    It gets copies: tensors to start from, or a working copy of the module that it may train in place and return (or
+    return nothing). Where it returns tensors with a graph to `hparams`, it can be unrolled, as one step.
+
+    Args:
+        fit: the user's function.
+    """
+
+    fit: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.fit):
+            raise InvalidTypeError(
+                f"`inner_solver` is a {type(self.fit).__name__}, expected None, a solver of bilevel.inner "
+                "(inner.SGD(lr=0.1, steps=100)), or a function fit(params, hparams) -> params"
+            )
+
+    def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
+        """See `InnerSolver.solve`."""
+        value = detach(self._call(task, lower, detach(upper)))
+        return InnerSolution({name: t.clone() for name, t in value.items()}, 1, "steps")
+
+    def unroll_steps(self, task: Task) -> int:
+        """The whole loop is one step."""
+        return 1
+
+    def initial_state(self, lower: Vector) -> dict[str, Any]:
+        """No state."""
+        return {}
+
+    def step(self, task: Task, lower: Vector, state: Any, upper: Vector, t: int) -> tuple[Vector, Any]:
+        """Run the whole loop; the result has a graph where the user's function keeps one."""
+        return self._call(task, lower, upper), state
+
+    def _call(self, task: Task, lower: Vector, upper: Vector) -> Vector:
+        params = task.params.export(lower)
+        with torch.enable_grad(), task.hparams(upper) as hparams:
+            given = (params, hparams) if task.data is None else (params, hparams, task.data)
+            returned = self.fit(*given)
+        if returned is None and isinstance(task.params, ModuleVariables):
+            returned = params
+        value = task.params.read(returned, "what `inner_solver` returned")
+        if not is_finite(value):
+            raise NonFiniteError("`inner_solver` returned NaN or infinity", "inner variables")
+        return value

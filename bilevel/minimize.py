@@ -1,0 +1,75 @@
+"""SciPy's L-BFGS-B on vectors of numbers: one place that knows its options and its threads.
+
+Byrd, Lu, Nocedal and Zhu, A limited memory algorithm for bound constrained optimization, SIAM J. Sci.
+Comput. 16 (1995).
+SciPy's line search needs a third to a fifth of the evaluations of `torch.optim.LBFGS` (docs/design.md, "L-BFGS").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, minimize
+from threadpoolctl import ThreadpoolController
+
+Array = NDArray[np.float64]
+
+HISTORY = 20  # pairs kept; 20 needed the fewest evaluations on logistic and softmax regression
+
+
+def lbfgs(
+    function: Callable[[Array], tuple[float, Array]],
+    start: Array,
+    *,
+    max_steps: int,
+    bounds: tuple[Array, Array] | None = None,
+    gradient_below: float = 0.0,
+    after_step: Callable[[Array], None] | None = None,
+) -> Any:
+    """Minimize `function`, which returns a value and its gradient.
+
+    Args:
+        function: x `(n,)` -> value, gradient `(n,)`.
+        start: `(n,)`.
+        max_steps: most iterations.
+        bounds: lowest and highest entries, `(n,)` each, infinite for no end.
+        gradient_below: stop when no entry of the projected gradient is larger.
+        after_step: called with the point that each iteration led to.
+
+    Returns:
+        SciPy's OptimizeResult; it stops by itself only where the value cannot be decreased any more.
+    """
+
+    def callback(intermediate_result: Any) -> None:
+        if after_step is not None:
+            after_step(intermediate_result.x)
+
+    options = {
+        "maxcor": HISTORY,
+        "maxiter": max_steps,
+        "maxfun": 20 * max_steps + 20,
+        "ftol": 0.0,
+        "gtol": gradient_below,
+    }
+    ends = None if bounds is None or not np.isfinite(bounds).any() else Bounds(*bounds)
+    with _one_blas_thread():
+        return minimize(function, start, jac=True, method="L-BFGS-B", bounds=ends, callback=callback, options=options)
+
+
+@cache
+def _blas_of_scipy() -> ThreadpoolController:
+    controller = ThreadpoolController()
+    paths = [str(library["filepath"]) for library in controller.info()]
+    return controller.select(filepath=[p for p in paths if "scipy" in p or "numpy" in p])
+
+
+def _one_blas_thread() -> Any:
+    """Keep SciPy's small dot products on one thread.
+
+    Its waiting threads slow torch's down: 15 times on 30 unknowns, measured on 2 cores.
+    """
+    return _blas_of_scipy().limit(limits=1, user_api="blas")

@@ -1,0 +1,80 @@
+"""Linear operators on vectors of named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.vector import Vector, axpy, flatten, size, unflatten
+
+# Columns of a dense matrix that are formed together by one batched product.
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """A square linear map A: Vector -> Vector, known by its products.
+
+    Attributes:
+        matvec: v -> A v.
+        like: any vector of the domain (names, shapes, dtypes, device).
+        symmetric: A equals its transpose. Conjugate gradients refuse an operator that is not.
+        matvecs: the same product for stacked vectors, `(k, *shape)` tensors in and out; without it
+            a dense matrix is formed column by column.
+
+    >>> import torch
+    >>> A = LinearOperator(lambda v: {"w": 3.0 * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
+    >>> A.shifted(1.0).dense()
+    tensor([[4., 0.],
+            [0., 4.]])
+    """
+
+    matvec: Callable[[Vector], Vector]
+    like: Vector
+    symmetric: bool
+    matvecs: Callable[[Vector], Vector] | None = None
+
+    def __call__(self, v: Vector) -> Vector:
+        """Return A v."""
+        return self.matvec(v)
+
+    def flat(self, v: Tensor) -> Tensor:
+        """Return A v for a vector given as one 1-d tensor `(size,)`."""
+        return flatten(self.matvec(unflatten(v, self.like)))
+
+    @property
+    def size(self) -> int:
+        """Number of scalars in the domain."""
+        return size(self.like)
+
+    def shifted(self, damping: float) -> LinearOperator:
+        """Return A + damping * I."""
+        many = self.matvecs
+        return LinearOperator(
+            lambda v: axpy(damping, v, self.matvec(v)),
+            self.like,
+            self.symmetric,
+            None if many is None else lambda v: axpy(damping, v, many(v)),
+        )
+
+    def dense(self) -> Tensor:
+        """Return the matrix `(size, size)`, formed `BLOCK` columns at a time."""
+        first = next(iter(self.like.values()))
+        n = self.size
+        columns = torch.empty(n, n, dtype=first.dtype, device=first.device)
+        for begin in range(0, n, BLOCK):
+            end = min(begin + BLOCK, n)
+            units = torch.zeros(end - begin, n, dtype=first.dtype, device=first.device)
+            units[torch.arange(end - begin), torch.arange(begin, end)] = 1.0
+            columns[begin:end] = self._rows(units)
+        return columns.T
+
+    def _rows(self, units: Tensor) -> Tensor:
+        """Return A applied to each row of `units`, `(k, size)`."""
+        if self.matvecs is None:
+            return torch.stack([self.flat(row) for row in units])
+        products = self.matvecs(unflatten(units, self.like))
+        return torch.cat([t.reshape(units.shape[0], -1) for t in products.values()], dim=1)

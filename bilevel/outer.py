@@ -1,0 +1,199 @@
+"""`hypergradient` and `solve`: the outer problem."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bilevel.certificate import Hypergradient
+from bilevel.descent import Run, Stop, descend, descend_lbfgs
+from bilevel.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    NonFiniteError,
+    UntrustedHypergradientError,
+    UntrustedHypergradientWarning,
+)
+from bilevel.evaluation import (
+    Evaluator,
+    check_on_untrusted,
+    check_problem,
+    own_randomness,
+    report_untrusted,
+)
+from bilevel.problem import BilevelProblem
+from bilevel.solution import Record, Solution
+from bilevel.solvers import Estimator, estimator
+
+OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    method: str | Estimator = "implicit",
+    *,
+    hparams: Any = None,
+    params: Any = None,
+    on_untrusted: str = "warn",
+) -> Hypergradient:
+    """Return dF/dλ at one point, with the certificate that says how far it can be trusted.
+
+    Args:
+        problem: the problem.
+        method: a name (see `bilevel.METHODS`) or an estimator object.
+        hparams: where, in natural units and the structure of the problem's `hparams`; None: its start values.
+        params: inner variables in the structure of the problem's `params`. An implicit method takes them as the inner
+            solution, and no inner solve runs; an unrolled one starts its inner loop there.
+        on_untrusted: "warn", "raise" or "ignore" when the verdict is "untrusted".
+
+    Returns:
+        `.gradient` in natural units, structured like `hparams` (a module: a dict by parameter names), `.outer_loss`,
+        `.params`, `.certificate`, `.cost`.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.BilevelProblem(
+    ...     lambda w, h: ((w - 1) ** 2 + h * w**2).sum(), lambda w, h: (w**2).sum(),
+    ...     params=torch.zeros(1, dtype=torch.float64), hparams=bilevel.positive(1.0))
+    >>> bilevel.hypergradient(problem).gradient  # d/dh (1 + h)^-2 = -2 (1 + h)^-3
+    tensor(-0.2500, dtype=torch.float64)
+    """
+    check_problem(problem)
+    check_on_untrusted(on_untrusted)
+    evaluator = Evaluator(problem, estimator(method))
+    layout = problem.hparams.layout
+    upper = layout.start if hparams is None else problem.hparams.read(hparams, "`hparams`")
+    given = None if params is None else problem.params.read(params, "`params`")
+    with own_randomness(problem, seed=None):
+        found = evaluator(upper, given).hypergradient
+    report_untrusted(found, on_untrusted, stacklevel=2)
+    return replace(found, gradient=layout.shaped(found.gradient), params=problem.params.export(found.params))
+
+
+def solve(
+    problem: BilevelProblem,
+    method: str | Estimator = "implicit",
+    *,
+    steps: int | None = None,
+    outer_optimizer: OuterOptimizer = None,
+    tol: float | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+    callbacks: Sequence[Callable[[Record], Any]] = (),
+    on_untrusted: str = "warn",
+) -> Solution:
+    """Minimize the outer loss over the hyperparameters by hypergradients.
+
+    Args:
+        problem: the problem; the user's own tensors and modules are not changed.
+        method: a name (see `bilevel.METHODS`) or an estimator object.
+        steps: most outer steps; None: 100.
+        outer_optimizer: a `torch.optim` class or a factory `tensors -> optimizer`, over the unconstrained values; or
+            "lbfgs", SciPy's L-BFGS-B. None: "lbfgs" where both levels are deterministic, else Adam(lr=0.05).
+        tol: stop when the norm of the projected hypergradient over the unconstrained values is at most `tol` times its
+            norm at the start; None: 1e-6 in float64, 1e-4 in float32.
+        seed: seed of torch's random numbers inside the run; the global random state is left as it was.
+        progress: a progress bar on stderr; None: where that is a terminal.
+        callbacks: each is called after every step with that step's `Record`.
+        on_untrusted: what to do about a hypergradient that cannot be trusted: "warn" (once a run), "raise" or "ignore".
+
+    Returns:
+        The `Solution`, also after Ctrl-C.
+
+    Raises:
+        NonFiniteError: something became NaN or infinite; `.solution` is the run up to the last good step.
+        UntrustedHypergradientError: with `on_untrusted="raise"`; `.solution` likewise.
+    """
+    check_problem(problem)
+    check_on_untrusted(on_untrusted)
+    _check_run(steps, tol, callbacks)
+    optimizer = _outer_optimizer(outer_optimizer, problem)
+    dtype = next(iter(problem.hparams.layout.start.values())).dtype
+    run = Run(
+        Evaluator(problem, estimator(method)),
+        steps=100 if steps is None else steps,
+        tol=tol if tol is not None else (1e-6 if dtype == torch.float64 else 1e-4),
+        on_untrusted=on_untrusted,
+        callbacks=callbacks,
+    )
+    shown = sys.stderr.isatty() if progress is None else progress
+    with own_randomness(problem, seed), tqdm(total=run.steps, disable=not shown, unit="step") as bar:
+        run.callbacks = [*callbacks, lambda record: _show(bar, record)]
+        status = _walk(run, optimizer)
+    solution = run.solution(status)
+    _report_run(solution, on_untrusted)
+    return solution
+
+
+def _walk(run: Run, optimizer: Any) -> str:
+    """Run to the end and return why it is the end; errors carry the run so far."""
+    try:
+        if optimizer == "lbfgs":
+            descend_lbfgs(run)
+        else:
+            descend(run, optimizer)
+    except Stop as stop:
+        return stop.status
+    except KeyboardInterrupt:
+        if run.start is None:
+            raise
+        return f"interrupted: by the user after {len(run.history)} steps"
+    except (NonFiniteError, UntrustedHypergradientError) as error:
+        error.solution = None if run.start is None else run.solution(f"stopped: {error}")
+        raise
+    raise AssertionError("a descent ends by Stop")
+
+
+def _report_run(solution: Solution, on_untrusted: str) -> None:
+    """Warn once about the untrusted hypergradients of a run."""
+    records = [solution.start, *solution.history]
+    untrusted = [record.step for record in records if record.verdict == "untrusted"]
+    if untrusted and on_untrusted == "warn":
+        reasons = "; ".join(solution.certificate.reasons) or "the last one is trusted again; see `solution.history`"
+        warnings.warn(
+            f"{len(untrusted)} of {len(records)} hypergradients of this run are untrusted, the first at step "
+            f"{untrusted[0]}: {reasons}",
+            UntrustedHypergradientWarning,
+            stacklevel=3,
+        )
+
+
+def _show(bar: Any, record: Record) -> None:
+    bar.set_postfix_str(
+        f"outer loss {record.outer_loss:.5g}, hypergradient {record.hypergradient_norm:.1e}, {record.verdict}"
+    )
+    bar.update()
+
+
+def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise InvalidValueError(f"`steps` is {steps!r}, expected a whole number of at least 1, or None")
+    if tol is not None and not 0.0 <= tol < 1.0:
+        raise InvalidValueError(f"`tol` is {tol!r}, expected 0 <= tol < 1 (relative to the first hypergradient)")
+    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+        raise InvalidTypeError(
+            "`callbacks` is expected to be a list of functions of a Record; write callbacks=[function]"
+        )
+
+
+def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem) -> Any:
+    if given is None:
+        return "lbfgs" if problem.deterministic else lambda tensors: torch.optim.Adam(tensors, lr=0.05)
+    if isinstance(given, str) and given != "lbfgs":
+        raise InvalidValueError(
+            f'`outer_optimizer` is {given!r}, expected "lbfgs", a torch.optim class, or a factory such as '
+            "lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        )
+    if isinstance(given, torch.optim.Optimizer):
+        raise InvalidTypeError(
+            f"`outer_optimizer` is a {type(given).__name__} object, which holds other tensors than the unconstrained "
+            f"hyperparameters; give a factory: lambda tensors: torch.optim.{type(given).__name__}(tensors, lr=...)"
+        )
+    if not isinstance(given, str) and not callable(given):
+        raise InvalidTypeError(f"`outer_optimizer` is a {type(given).__name__}, expected a factory of an optimizer")
+    return given

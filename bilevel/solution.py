@@ -1,0 +1,198 @@
+"""What a run returns: the tuned hyperparameters, how it went, and why it stopped."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel.certificate import Certificate
+from bilevel.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = 1  # of saved files
+
+# Up to this many values of a tensor are kept in a record one by one, above that their quantiles.
+SHOWN_ONE_BY_ONE = 12
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The state of a run after one outer step.
+
+    Attributes:
+        step: 1 for the first step; 0 for the starting point (`Solution.start`).
+        outer_loss: F(λ).
+        inner_loss: the inner loss at the inner solution; None where the method did not look.
+        hypergradient_norm: norm of the projected hypergradient over the unconstrained values.
+        inner_residual: see `Certificate`; so are adjoint_residual, error and verdict.
+        inner_steps: steps of the inner solver, all inner solves of this outer step together.
+        inner_solves: inner solves of this outer step (a line search may need several).
+        gradients: gradients of either loss, spent in this step.
+        products: Hessian-vector products, spent in this step.
+        seconds: wall-clock time of this step.
+        hparams: natural values by tensor: all of them up to 12, else the quantiles 0, 0.1, 0.5, 0.9, 1.
+        sizes: number of values by tensor.
+    """
+
+    step: int
+    outer_loss: float
+    inner_loss: float | None
+    hypergradient_norm: float
+    inner_residual: float | None
+    adjoint_residual: float | None
+    error: float | None
+    verdict: str
+    inner_steps: int
+    inner_solves: int
+    gradients: int
+    products: int
+    seconds: float
+    hparams: dict[str, list[float]]
+    sizes: dict[str, int]
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a figure by its name, so that a record also reads like a dict."""
+        return getattr(self, name)
+
+
+def summarize(tensor: Tensor) -> list[float]:
+    """Return the values of a tensor, or their quantiles where they are many."""
+    flat = tensor.detach().double().flatten().cpu()
+    if flat.numel() <= SHOWN_ONE_BY_ONE:
+        return [float(x) for x in flat]
+    ordered = flat.sort().values  # torch.quantile refuses more than 16 million values
+    return [float(ordered[round(q * (flat.numel() - 1))]) for q in QUANTILES]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The end of a run.
+
+    Attributes:
+        hparams: natural values, plain tensors in the user's structure.
+        params: the inner solution at `hparams`, in the user's structure.
+        outer_loss: F at `hparams`.
+        history: one record a step.
+        status: why the run stopped, a sentence that begins with "converged", "steps", "stalled" or "interrupted".
+        certificate: of the last hypergradient.
+        start: the record of the starting point.
+    """
+
+    hparams: Any
+    params: Any
+    outer_loss: float
+    history: list[Record]
+    status: str
+    certificate: Certificate
+    start: Record
+    _write_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def converged(self) -> bool:
+        """The projected hypergradient fell below `tol`."""
+        return self.status.startswith("converged")
+
+    def apply_(self) -> None:
+        """Write the results into the user's own `params` and `hparams`, in place.
+
+        Tensors and module parameters (buffers too) get the new values; a typed hyperparameter gets a new start value.
+        """
+        if self._write_back is None:
+            raise InvalidValueError("this solution was loaded from a file and belongs to no problem in memory")
+        self._write_back()
+
+    def summary(self) -> str:
+        """Return a table of the run, for people."""
+        last = self.history[-1] if self.history else self.start
+        records = [self.start, *self.history]
+        rows = [
+            ("status", self.status),
+            ("outer loss", f"{self.start.outer_loss:.6g} -> {self.outer_loss:.6g}"),
+            ("hypergradient norm", f"{self.start.hypergradient_norm:.2e} -> {last.hypergradient_norm:.2e}"),
+            ("verdict", self.certificate.verdict),
+        ]
+        if self.certificate.error is not None:
+            rows.append(("estimated relative error", f"{self.certificate.error:.1e}"))
+        untrusted = sum(record.verdict == "untrusted" for record in records)
+        if untrusted:
+            rows.append(("untrusted hypergradients", f"{untrusted} of {len(records)}"))
+        rows += [
+            ("outer steps", str(len(self.history))),
+            ("inner solves", str(sum(r.inner_solves for r in records))),
+            ("gradients", str(sum(r.gradients for r in records))),
+            ("Hessian-vector products", str(sum(r.products for r in records))),
+            ("seconds", f"{sum(r.seconds for r in records):.2f}"),
+        ]
+        rows += [(name, _shown(values, last.sizes[name])) for name, values in last.hparams.items()]
+        rows += [("!", reason) for reason in self.certificate.reasons]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def plot(self) -> Figure:
+        """Draw both losses, the residuals and the hyperparameters over the steps; needs matplotlib."""
+        from bilevel.plotting import plot_run
+
+        return plot_run([self.start, *self.history])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything but the link to the user's objects to a file.
+
+        Modules are saved as dicts from names to tensors.
+        """
+        data = {
+            "format": FORMAT,
+            "hparams": _plain(self.hparams),
+            "params": _plain(self.params),
+            "outer_loss": self.outer_loss,
+            "history": [asdict(record) for record in self.history],
+            "status": self.status,
+            "certificate": asdict(self.certificate),
+            "start": asdict(self.start),
+        }
+        temporary = f"{os.fspath(path)}.part"
+        torch.save(data, temporary)
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Solution:
+        """Read a saved solution; nothing in the file is executed.
+
+        Raises:
+            BilevelError: the file is no saved solution, or cut short.
+        """
+        try:
+            data = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise InvalidValueError(f"{os.fspath(path)} is no file that Solution.save wrote: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InvalidValueError(f"{os.fspath(path)} is no file that Solution.save wrote")
+        certificate = Certificate(**data["certificate"])
+        return Solution(
+            data["hparams"],
+            data["params"],
+            data["outer_loss"],
+            [Record(**record) for record in data["history"]],
+            data["status"],
+            certificate,
+            Record(**data["start"]),
+        )
+
+
+def _shown(values: list[float], count: int) -> str:
+    shown = "  ".join(f"{value:.4g}" for value in values)
+    return shown if count <= SHOWN_ONE_BY_ONE else f"{shown}  (quantiles 0, 0.1, 0.5, 0.9, 1 of {count})"
+
+
+def _plain(structure: Any) -> Any:
+    if isinstance(structure, torch.nn.Module):
+        return dict(structure.state_dict())
+    return structure

@@ -1,0 +1,109 @@
+"""Vectors of named tensors: every direction, gradient and right-hand side is a `Vector`.
+
+A `Vector` is a `dict[str, Tensor]`. Two vectors belong together when they have the same names and
+shapes. Nothing here copies to one flat buffer except `flatten`, which is for dense matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Vector = dict[str, Tensor]
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    """Return the inner product as a 0-d float64 tensor (float32 products are summed in float64)."""
+    total = torch.zeros((), dtype=torch.float64, device=_device(a))
+    for name, x in a.items():
+        y = b[name]
+        if x.dtype == torch.float64 and y.dtype == torch.float64:
+            total = total + torch.dot(x.reshape(-1), y.reshape(-1))
+        else:
+            total = total + torch.sum(x.double() * y.double())
+    return total
+
+
+def norm(a: Vector) -> Tensor:
+    """Return the Euclidean norm as a 0-d float64 tensor, free of overflow and underflow."""
+    largest = max_abs(a)
+    if not 0.0 < float(largest) < float("inf"):
+        return largest
+    return largest * torch.sqrt(sum_of_squares(a, largest))
+
+
+def sum_of_squares(a: Vector, unit: Tensor) -> Tensor:
+    """Return sum((a / unit)^2) as a 0-d float64 tensor."""
+    return sum(
+        (torch.sum((x.double() / unit) ** 2) for x in a.values()),
+        torch.zeros((), dtype=torch.float64, device=_device(a)),
+    )
+
+
+def max_abs(a: Vector) -> Tensor:
+    """Return the largest absolute value as a 0-d float64 tensor (0 for an empty vector)."""
+    tops = [x.abs().max().double() for x in a.values() if x.numel()]
+    return torch.stack(tops).max() if tops else torch.zeros((), dtype=torch.float64, device=_device(a))
+
+
+def axpy(alpha: Tensor | float, x: Vector, y: Vector) -> Vector:
+    """Return alpha * x + y; a tensor `alpha` is a float64 scalar and does not change the dtype."""
+    return {name: y[name] + _like(alpha, t) * t for name, t in x.items()}
+
+
+def scale(alpha: Tensor | float, x: Vector) -> Vector:
+    """Return alpha * x."""
+    return {name: _like(alpha, t) * t for name, t in x.items()}
+
+
+def subtract(x: Vector, y: Vector) -> Vector:
+    """Return x - y."""
+    return {name: t - y[name] for name, t in x.items()}
+
+
+def zeros_like(a: Vector) -> Vector:
+    """Return the zero vector of the same names, shapes, dtypes and devices."""
+    return {name: torch.zeros_like(t) for name, t in a.items()}
+
+
+def detach(a: Vector) -> Vector:
+    """Return the same values cut from their graph (no copy)."""
+    return {name: t.detach() for name, t in a.items()}
+
+
+def leaves(a: Vector) -> Vector:
+    """Return the same values as new leaves that require a gradient (no copy)."""
+    return {name: t.detach().requires_grad_() for name, t in a.items()}
+
+
+def is_finite(a: Vector) -> bool:
+    """Say whether no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(t).all()) for t in a.values())
+
+
+def size(a: Vector) -> int:
+    """Return the number of scalars."""
+    return sum(t.numel() for t in a.values())
+
+
+def flatten(a: Vector) -> Tensor:
+    """Return one 1-d tensor `(size,)`, tensors in the order of the dict."""
+    return torch.cat([t.reshape(-1) for t in a.values()])
+
+
+def unflatten(flat: Tensor, like: Vector) -> Vector:
+    """Return the vector whose `flatten` is `flat`, with the names, shapes and dtypes of `like`.
+
+    Leading dimensions are kept: `(k, size)` gives tensors of shape `(k, *shape)`.
+    """
+    parts = torch.split(flat, [t.numel() for t in like.values()], dim=-1)
+    lead = flat.shape[:-1]
+    return {name: part.reshape(lead + t.shape).to(t.dtype) for (name, t), part in zip(like.items(), parts, strict=True)}
+
+
+def _like(alpha: Tensor | float, t: Tensor) -> Tensor | float:
+    return alpha.to(t.dtype) if isinstance(alpha, Tensor) else alpha
+
+
+def _device(a: Vector) -> torch.device:
+    return next(iter(a.values())).device if a else torch.device("cpu")

@@ -1,0 +1,55 @@
+"""Hypergradient estimators, one a file, and the one table that maps names to them."""
+
+if __name__ == "solvers":
+    raise ImportError("this folder installs as bilevel.solvers; write `import bilevel.solvers`")
+
+from collections.abc import Callable, Mapping
+
+from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.solvers.base import Estimator, Response
+from bilevel.solvers.fixed_point import FixedPoint
+from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.linear import CG, Cholesky, LinearSolution, LinearSolver, Neumann
+from bilevel.solvers.truncated import Truncated, Unroll
+
+# The table of names; it is also the table of the tests.
+METHODS: Mapping[str, Callable[[], Estimator]] = {
+    "implicit": Implicit,
+    "cg": lambda: Implicit(CG()),
+    "direct": lambda: Implicit(Cholesky()),
+    "neumann": lambda: Implicit(Neumann()),
+    "fixed-point": FixedPoint,
+    "unroll": Unroll,
+    "truncated": lambda: Truncated(steps=20),
+}
+
+
+def estimator(method: str | Estimator) -> Estimator:
+    """Return the estimator that a name stands for, or the estimator itself."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise InvalidValueError(f"`method` is {method!r}, expected one of {', '.join(METHODS)}")
+        return METHODS[method]()
+    if isinstance(method, type) or not callable(method) or not hasattr(method, "unrolls"):
+        raise InvalidTypeError(
+            f"`method` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "
+            "bilevel.Truncated(steps=20)"
+        )
+    return method
+
+
+__all__ = [
+    "CG",
+    "METHODS",
+    "Cholesky",
+    "Estimator",
+    "FixedPoint",
+    "Implicit",
+    "LinearSolution",
+    "LinearSolver",
+    "Neumann",
+    "Response",
+    "Truncated",
+    "Unroll",
+    "estimator",
+]

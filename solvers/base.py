@@ -1,0 +1,224 @@
+"""What every hypergradient estimator takes, returns and shares.
+
+    F(λ) = f(w*(λ), λ)      with  R(w*(λ), λ) = 0,  R = the inner gradient
+
+`lower` is w, `upper` is λ (natural values), both vectors of named tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel.certificate import Cost, Hypergradient
+from bilevel.errors import InvalidTypeError, NonFiniteError, UnseenHyperparameterError
+from bilevel.operators import LinearOperator
+from bilevel.vector import Vector, detach, is_finite, leaves, norm, zeros_like
+
+State = Any
+"""What an estimator keeps from one hypergradient to the next: a warm start, a sketch, averages."""
+
+
+class Response(Protocol):
+    """How the inner variables answer the outer ones, for one hypergradient.
+
+    Batches are drawn once, so every term of one hypergradient sees one function.
+    """
+
+    cost: Cost
+    gradient_floor: float
+    """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
+
+    def loss(self, lower: Vector, upper: Vector) -> Tensor:
+        """Return f, differentiable."""
+        ...
+
+    def residual(self, lower: Vector, upper: Vector) -> Vector:
+        """Return R, the inner gradient, differentiable in both arguments."""
+        ...
+
+    def start_gradient_norm(self, upper: Vector) -> float:
+        """Return the norm of R at the inner starting point: the scale of the inner gradient."""
+        ...
+
+    @property
+    def has_step(self) -> bool:
+        """Say whether the inner solver can be differentiated: `initial_state`, `step`, `unroll_steps`."""
+        ...
+
+    def unroll_steps(self) -> int:
+        """Return the number of inner steps; raise if the inner solver cannot be differentiated."""
+        ...
+
+    def initial_state(self, lower: Vector) -> State:
+        """Return the inner optimizer's state before its first step."""
+        ...
+
+    def step(self, lower: Vector, state: State, upper: Vector, t: int) -> tuple[Vector, State]:
+        """Return the inner variables and the state after step `t`, differentiable."""
+        ...
+
+    def label(self, name: str) -> str:
+        """Return what the user calls the hyperparameter `name`."""
+        ...
+
+
+class Estimator(Protocol):
+    """A way to get a hypergradient: a frozen dataclass of settings that can be called."""
+
+    unrolls: ClassVar[bool]
+    """True: `lower` is where the inner loop starts, and the estimator runs it. False: its solution."""
+
+    def __call__(
+        self, response: Response, lower: Vector, upper: Vector, state: State = None
+    ) -> tuple[Hypergradient, State]:
+        """Return the hypergradient on named tensors, and what the next call may start from."""
+        ...
+
+
+@dataclass(frozen=True)
+class OuterGradient:
+    """The outer loss and its partial gradients; None where it does not use a hyperparameter."""
+
+    loss: float
+    lower: Vector
+    upper: dict[str, Tensor | None]
+
+
+def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGradient:
+    """Differentiate f at fixed `lower` and `upper`."""
+    w, h = leaves(lower), leaves(upper)
+    loss = response.loss(w, h)
+    response.cost.gradients += 1
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"the outer loss is {float(loss.detach())}", "outer loss")
+    if not loss.requires_grad:
+        raise InvalidTypeError(
+            "`outer_loss` returned a tensor that depends on neither params nor hparams; "
+            "do not detach them or leave torch.no_grad() around it"
+        )
+    grads = torch.autograd.grad(loss, [*w.values(), *h.values()], allow_unused=True)
+    by_lower = dict(zip(w, grads[: len(w)], strict=True))
+    filled = {name: torch.zeros_like(w[name]) if g is None else g for name, g in by_lower.items()}
+    if not is_finite(filled):
+        raise NonFiniteError("the gradient of the outer loss is not finite", "outer gradient")
+    return OuterGradient(float(loss.detach()), filled, dict(zip(h, grads[len(w) :], strict=True)))
+
+
+class Linearization:
+    """R at one point with its graph: built once, many vectors are pulled back through it.
+
+    Attributes:
+        residual: R(w, λ), no graph.
+        operator: v -> H v with H = dR/dw, the inner Hessian (symmetric, since R is a gradient).
+    """
+
+    def __init__(self, response: Response, lower: Vector, upper: Vector) -> None:
+        self._cost = response.cost
+        self._lower, self._upper = leaves(lower), leaves(upper)
+        attached = response.residual(self._lower, self._upper)
+        # A loss that is linear in some tensor gives a constant R there: nothing to pull back.
+        self._attached = {name: t for name, t in attached.items() if t.requires_grad}
+        self.residual = detach(attached)
+        if not is_finite(self.residual):
+            raise NonFiniteError("the gradient of the inner loss is not finite", "inner gradient")
+        self.operator = LinearOperator(self._product, self._lower, symmetric=True, matvecs=self._products)
+
+    def _product(self, v: Vector) -> Vector:
+        self._cost.products += 1
+        return self._onto(self._lower, v)
+
+    def _products(self, v: Vector) -> Vector:
+        """Return H v for stacked v; one by one where an operation has no batched derivative."""
+        count = next(iter(v.values())).shape[0]
+        try:
+            stacked = self._onto(self._lower, v, batched=True)
+        except RuntimeError:
+            rows = [self._onto(self._lower, {name: t[i] for name, t in v.items()}) for i in range(count)]
+            stacked = {name: torch.stack([row[name] for row in rows]) for name in v}
+        self._cost.products += count
+        return stacked
+
+    def _onto(self, variables: Vector, v: Vector, *, batched: bool = False) -> Vector:
+        pulled = self._pull(variables, v, batched=batched)
+        lead = next(iter(v.values())).shape[:1] if batched else ()
+        return {
+            name: x.new_zeros(lead + x.shape) if pulled[name] is None else pulled[name]  # type: ignore[misc]
+            for name, x in variables.items()
+        }
+
+    def _pull(self, variables: Vector, v: Vector, *, batched: bool = False) -> dict[str, Tensor | None]:
+        if not self._attached:
+            return dict.fromkeys(variables)
+        grads = torch.autograd.grad(
+            list(self._attached.values()),
+            list(variables.values()),
+            [v[name] for name in self._attached],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+        return dict(zip(variables, grads, strict=True))
+
+    def pull_back(self, v: Vector) -> dict[str, Tensor | None]:
+        """Return (dR/dλ)^T v; None for a hyperparameter that R does not use."""
+        self._cost.products += 1
+        return self._pull(self._upper, v)
+
+
+def add_terms(
+    response: Response,
+    direct: dict[str, Tensor | None],
+    through: dict[str, Tensor | None],
+    upper: Vector,
+    hint: str,
+) -> Vector:
+    """Return direct + through; raise for a hyperparameter that has neither.
+
+    Args:
+        response: knows what the user calls each hyperparameter.
+        direct: the partial gradient of the outer loss.
+        through: the gradient through the inner variables.
+        upper: the hyperparameters.
+        hint: what to do about a hyperparameter without a path, as a sentence.
+    """
+    total = zeros_like(upper)
+    for name in upper:
+        terms: Sequence[Tensor] = [t for t in (direct[name], through[name]) if t is not None]
+        if not terms:
+            raise UnseenHyperparameterError(f"{response.label(name)} has no path to the outer loss: {hint}")
+        for term in terms:
+            total[name] = total[name] + term.to(total[name].dtype)
+    if not is_finite(total):
+        raise NonFiniteError("the hypergradient is not finite", "hypergradient")
+    return total
+
+
+def inner_scale(response: Response, system: Linearization, lower: Vector, upper: Vector) -> float:
+    """Return the size against which the inner gradient at `lower` counts as small.
+
+    The larger of |R| at the starting point and |H w|. Neither changes under a scaling of the loss or
+    of the variables; the second serves a run that starts at its solution.
+    """
+    return max(response.start_gradient_norm(upper), float(norm(system.operator(detach(lower)))))
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return part / whole, with 0 / 0 = 0."""
+    if part == 0.0:
+        return 0.0
+    return part / whole if whole > 0.0 else float("inf")
+
+
+def negative(v: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Return -v, None where there is nothing."""
+    return {name: None if t is None else -t for name, t in v.items()}
+
+
+def present(v: dict[str, Tensor | None]) -> Vector:
+    """Return the tensors that are there."""
+    return {name: t for name, t in v.items() if t is not None}

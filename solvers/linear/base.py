@@ -1,0 +1,104 @@
+"""What every linear solver takes and returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import InvalidValueError
+from bilevel.operators import LinearOperator
+from bilevel.vector import Vector, flatten, unflatten
+
+Status = Literal["converged", "max_steps", "stagnated", "nonpositive curvature", "singular", "diverged"]
+
+# What each status means for the reader of a certificate, with the cure.
+EXPLANATIONS: dict[Status, str] = {
+    "converged": "",
+    "max_steps": "the linear solver used all its steps; raise its `max_steps` or loosen its `rtol`",
+    "stagnated": "the linear solver stopped improving at the precision of the numbers; use float64, a better "
+    'conditioned inner loss (stronger regularization), or method="direct"',
+    "nonpositive curvature": "the inner Hessian has a direction of zero or negative curvature, so the inner point is "
+    "no strict minimum: train the inner problem further, regularize it, or use a method that needs no inverse "
+    '(method="unroll")',
+    "singular": "the inner Hessian is singular and the linear system has no solution; add a little regularization "
+    "to the inner loss",
+    "diverged": "the series grew instead of shrinking: its step size is above 2 / (largest eigenvalue); leave "
+    "`step_size` to the solver, which measures it",
+}
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """The answer of a linear solver to A x = b.
+
+    Attributes:
+        value: the best x met.
+        status: why the solver stopped.
+        steps: iterations taken.
+        residual: the true residual b - A x of `value`.
+        relative: its norm over that of b (0 for b = 0).
+        curvature: the smallest Rayleigh quotient p·Ap / p·p over the directions met; None if the
+            solver looked at none.
+    """
+
+    value: Vector
+    status: Status
+    steps: int
+    residual: Vector
+    relative: float
+    curvature: float | None
+
+
+class LinearSolver(Protocol):
+    """Settings of one algorithm for A x = b: a frozen dataclass with a `solve`."""
+
+    truncates: ClassVar[bool]
+    """True for a method that approximates the inverse by design (a series cut after some terms)."""
+
+    def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
+        """Solve A x = rhs, from `start` where that is nearer than zero."""
+        ...
+
+
+def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
+    """Return `rtol`, or where it is None what the precision allows: 1e-8 in float64, 1e-5 in float32."""
+    if rtol is not None:
+        return rtol
+    return 1e-8 if dtype == torch.float64 else max(1e-5, 10 * torch.finfo(dtype).eps)
+
+
+def check_settings(rtol: float | None, max_steps: int | None) -> None:
+    """Raise for a tolerance or a step count that makes no sense."""
+    if rtol is not None and not 0.0 <= rtol < 1.0:
+        raise InvalidValueError(f"`rtol` is {rtol}, expected 0 <= rtol < 1")
+    if max_steps is not None and max_steps < 1:
+        raise InvalidValueError(f"`max_steps` is {max_steps}, expected at least 1")
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Return a·b, summed in float64."""
+    return float(torch.dot(a.double(), b.double()))
+
+
+def start_from(operator: LinearOperator, rhs: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a first iterate and its residual: `start`, or zero where that is nearer."""
+    if start is not None:
+        residual = rhs - operator.flat(start)
+        if inner(residual, residual) < inner(rhs, rhs):
+            return start.clone(), residual
+    return torch.zeros_like(rhs), rhs.clone()
+
+
+def finished(
+    operator: LinearOperator, rhs: Vector, x: Tensor, status: Status, steps: int, curvature: float | None
+) -> LinearSolution:
+    """Return the solution `x` with its true residual, which costs one product."""
+    b = flatten(rhs)
+    residual = b - operator.flat(x) if bool(x.any()) else b
+    size = math.sqrt(inner(b, b))
+    relative = math.sqrt(inner(residual, residual)) / size if size > 0.0 else 0.0
+    return LinearSolution(unflatten(x, rhs), status, steps, unflatten(residual, rhs), relative, curvature)

@@ -1,0 +1,75 @@
+"""Dense direct solve, for systems of up to a few thousand unknowns.
+
+Cholesky where the matrix is positive definite; an eigendecomposition where a symmetric one is
+indefinite or singular (the least-norm solution then); LU where it is not symmetric. Factored in float64
+whatever the dtype of the problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.operators import LinearOperator
+from bilevel.solvers.linear.base import LinearSolution, Status, inner
+from bilevel.vector import Vector, flatten, unflatten
+
+INVERSE_STEPS = 4  # inverse iterations for the smallest eigenvalue; each is two triangular solves
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """Solve a system exactly through its dense matrix: n products and n^3 / 3 operations.
+
+    >>> import torch
+    >>> from bilevel.operators import LinearOperator
+    >>> A = LinearOperator(lambda v: {"w": torch.tensor([2.0, 4.0]) * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
+    >>> Cholesky().solve(A, {"w": torch.ones(2)}).value["w"]
+    tensor([0.5000, 0.2500])
+    """
+
+    truncates: ClassVar[bool] = False
+
+    def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
+        """Solve A x = rhs; `start` is not needed, since the answer does not depend on it."""
+        A, b = operator.dense().double(), flatten(rhs).double()
+        if operator.symmetric:
+            A = (A + A.T) / 2
+            x, curvature, status = _solve_symmetric(A, b, torch.finfo(flatten(rhs).dtype).eps)
+        else:
+            (x, info), curvature = torch.linalg.solve_ex(A, b), None
+            status = "singular" if int(info) else "converged"
+        residual, size = b - A @ x, inner(b, b) ** 0.5
+        relative = inner(residual, residual) ** 0.5 / size if size > 0.0 else 0.0
+        return LinearSolution(unflatten(x, rhs), status, 1, unflatten(residual, rhs), relative, curvature)
+
+
+def _solve_symmetric(A: Tensor, b: Tensor, resolution: float) -> tuple[Tensor, float, Status]:
+    """Return x, the smallest eigenvalue that is not zero (estimated from above) and the status.
+
+    Args:
+        A: symmetric, float64.
+        b: right-hand side, float64.
+        resolution: machine precision of the products that A was formed from.
+    """
+    rounding = 10 * len(b) * resolution * float(A.abs().max())
+    factor, info = torch.linalg.cholesky_ex(A)
+    if int(info) == 0:
+        v = torch.ones_like(b)
+        for _ in range(INVERSE_STEPS):
+            v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
+        curvature = inner(v, A @ v) / inner(v, v)
+        if curvature > rounding:
+            return torch.cholesky_solve(b[:, None], factor)[:, 0], curvature, "converged"
+    values, vectors = torch.linalg.eigh(A)
+    seen = vectors.T @ b
+    null = values.abs() <= rounding
+    x = vectors @ torch.where(null, torch.zeros_like(seen), seen / values)
+    if bool(null.all()) or bool(seen[null].norm() > 1e-6 * b.norm()):
+        return x, float(values[0]), "singular"
+    # Directions that neither loss bends, such as a shift of all softmax biases, do no harm: b has nothing there.
+    curvature = float(values[~null][0])
+    return x, curvature, "converged" if curvature > 0.0 else "nonpositive curvature"

@@ -1,0 +1,43 @@
+"""Extreme eigenvalues of a symmetric operator by a few Lanczos steps.
+
+Golub and Van Loan, Matrix Computations, 4th ed., section 10.1; full reorthogonalization. The upper end is
+a safe bound: the largest Ritz value plus its residual (Zhou and Li, Bounding the spectrum of large
+Hermitian matrices, Linear Algebra Appl. 435, 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from scipy.linalg import eigh_tridiagonal
+
+from bilevel.operators import LinearOperator
+
+
+def extreme_eigenvalues(operator: LinearOperator, steps: int = 12) -> tuple[float, float]:
+    """Return the smallest Ritz value and an upper bound of the largest eigenvalue.
+
+    Args:
+        operator: symmetric.
+        steps: products spent; the smallest Ritz value lies above the smallest eigenvalue.
+    """
+    like = next(iter(operator.like.values()))
+    n = operator.size
+    # The same start in every call: the estimate is a function of the operator alone.
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = noise.to(like.device, like.dtype) / noise.norm().to(like.device, like.dtype)
+    basis: list[torch.Tensor] = []
+    diagonal: list[float] = []
+    off: list[float] = []
+    for _ in range(min(steps, n)):
+        basis.append(q)
+        w = operator.flat(q)
+        diagonal.append(float(torch.dot(q, w)))
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
+            stacked = torch.stack(basis)
+            w = w - stacked.T @ (stacked @ w)
+        off.append(float(w.norm()))
+        if off[-1] <= torch.finfo(like.dtype).eps * max(map(abs, diagonal)):
+            break
+        q = w / off[-1]
+    values, vectors = eigh_tridiagonal(diagonal, off[: len(diagonal) - 1])
+    return float(values[0]), float(values[-1] + off[-1] * abs(vectors[-1, -1]))

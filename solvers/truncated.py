@@ -1,0 +1,197 @@
+"""Backpropagation through the last K inner steps, or through all of them.
+
+    a_T = ∂f/∂w_T,   a_{t-1} = A_t^T a_t,   dF/dλ = ∂f/∂λ + sum_{t > T-K} B_t^T a_t
+    A_t = ∂Φ_t/∂(w, state),  B_t = ∂Φ_t/∂λ  of the inner step  (w_t, state_t) = Φ_t(w_{t-1}, state_{t-1}, λ)
+
+Franceschi, Donini, Frasconi and Pontil, Forward and reverse gradient-based hyperparameter optimization, ICML 2017,
+algorithm 1; Shaban, Cheng, Hatch and Boots, Truncated back-propagation for bilevel optimization, AISTATS 2019,
+equation 4. The sweep goes step by step with an explicit adjoint, so each step's graph is freed as soon as it is used
+and the size of what truncation leaves out is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.certificate import Certificate, Hypergradient, judge
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
+from bilevel.vector import Vector, detach, is_finite, leaves, norm
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Backpropagate through the last `steps` inner steps.
+
+    The error of leaving out earlier steps shrinks like (contraction of one step)^steps. Memory grows with
+    `steps`, not with the length of the inner loop. Sees learning rates and every other setting of the inner loop.
+
+    Args:
+        steps: how many of the last inner steps; all of them where the loop is shorter.
+    """
+
+    steps: int
+    unrolls: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise InvalidValueError(f"`steps` is {self.steps!r}, expected a whole number of at least 1")
+
+    def __call__(
+        self, response: Response, lower: Vector, upper: Vector, state: State = None
+    ) -> tuple[Hypergradient, State]:
+        """Run the inner loop from `lower` and differentiate its end; nothing is kept between calls."""
+        return _differentiate(response, lower, upper, self.steps), None
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """Backpropagate through the whole inner loop: the exact hypergradient of what the loop computes.
+
+    Memory grows with the number of inner steps. Sees learning rates and every other setting of the inner loop.
+    """
+
+    unrolls: ClassVar[bool] = True
+
+    def __call__(
+        self, response: Response, lower: Vector, upper: Vector, state: State = None
+    ) -> tuple[Hypergradient, State]:
+        """Run the inner loop from `lower` and differentiate its end; nothing is kept between calls."""
+        return _differentiate(response, lower, upper, response.unroll_steps()), None
+
+
+@dataclass
+class _Step:
+    """One recorded step: the leaves it started from and the tensors that came out."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+def _differentiate(response: Response, lower: Vector, upper: Vector, window: int) -> Hypergradient:
+    total = response.unroll_steps()
+    window = min(window, total)
+    h = leaves(upper)
+    w, state = detach(lower), response.initial_state(lower)
+    recorded: list[_Step] = []
+    for t in range(total):
+        if t < total - window:
+            w, state = _without_graph(*response.step(w, state, detach(upper), t))
+        else:
+            w, state = _record(response, w, state, h, t, recorded)
+    if not is_finite(w):
+        raise NonFiniteError(
+            "the inner loop ended in NaN or infinity; lower the inner learning rate or the number of steps",
+            "inner variables",
+        )
+    outer = outer_gradient(response, w, upper)
+    through, sizes, adjoint_norms = _sweep(recorded, outer.lower, h)
+    gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
+    certificate = _certificate(response, w, upper, gradient, sizes, adjoint_norms, total - window)
+    return Hypergradient(gradient, outer.loss, w, certificate, response.cost)
+
+
+_UNSEEN = (
+    "neither the outer loss nor an inner step that was differentiated uses it. Take it out of `hparams`, or use it in "
+    "a loss or in a setting of the inner solver (lr=lambda h: h[...])"
+)
+
+
+def _record(
+    response: Response, lower: Vector, state: Any, h: Vector, t: int, recorded: list[_Step]
+) -> tuple[Vector, Any]:
+    """Take one step with its graph, append it to `recorded`, and return its end without a graph."""
+    w = leaves(lower)
+    s = optree.tree_map(lambda x: x.detach().requires_grad_() if _is_float(x) else x, state)
+    w_next, s_next = response.step(w, s, h, t)
+    inputs = [*w.values(), *(x for x in optree.tree_leaves(s) if _is_float(x))]
+    outputs = [*w_next.values(), *(x for x in optree.tree_leaves(s_next) if _is_float(x))]
+    if not any(x.requires_grad for x in outputs):
+        raise InvalidTypeError(
+            "the inner step returned tensors without a graph, so there is nothing to unroll: a `fit` function must "
+            "return tensors that depend on `hparams` by differentiable operations (no .detach(), no .data, no in-place "
+            'training of a module); otherwise choose method="implicit"'
+        )
+    recorded.append(_Step(inputs, outputs))
+    return _without_graph(w_next, s_next)
+
+
+def _without_graph(lower: Vector, state: Any) -> tuple[Vector, Any]:
+    return detach(lower), optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _sweep(
+    recorded: list[_Step], outer: Vector, h: Vector
+) -> tuple[dict[str, Tensor | None], list[float], list[float]]:
+    """Pull the adjoint back through the recorded steps, freeing each.
+
+    Returns:
+        The gradient through the inner variables; the norm of each step's contribution and of the
+        adjoint behind it, the last inner step first.
+    """
+    n = len(recorded[-1].inputs)
+    adjoint = [*outer.values(), *(torch.zeros_like(x) for x in recorded[-1].outputs[len(outer) :])]
+    through: dict[str, Tensor | None] = dict.fromkeys(h)
+    sizes, adjoint_norms = [], [_norm(adjoint)]
+    while recorded:
+        step = recorded.pop()
+        pairs = [(y, a) for y, a in zip(step.outputs, adjoint, strict=True) if y.requires_grad]
+        inputs = [*step.inputs, *h.values()]
+        grads = torch.autograd.grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
+        adjoint = [torch.zeros_like(x) if g is None else g for x, g in zip(step.inputs, grads[:n], strict=True)]
+        for name, g in zip(h, grads[n:], strict=True):
+            if g is not None:
+                held = through[name]
+                through[name] = g if held is None else held + g
+        sizes.append(_norm([g for g in grads[n:] if g is not None]))
+        adjoint_norms.append(_norm(adjoint))
+    return through, sizes, adjoint_norms
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(norm({str(i): t for i, t in enumerate(tensors)}))
+
+
+def _certificate(
+    response: Response,
+    lower: Vector,
+    upper: Vector,
+    gradient: Vector,
+    sizes: list[float],
+    adjoint_norms: list[float],
+    left_out: int,
+) -> Certificate:
+    """Judge by the size of what truncation left out.
+
+    The discarded adjoint a_{T-K} would have gone on to shrink by a factor ρ a step, ρ measured over the earlier half
+    of the window; each step contributed about its share, so the rest is about (contribution of the earliest step) *
+    (ρ + ρ^2 + ... + ρ^(T-K)).
+    """
+    residual = float(norm(detach(response.residual(leaves(lower), leaves(upper)))))
+    inner = ratio(residual, response.start_gradient_norm(upper))
+    if left_out == 0:
+        return Certificate("exact", inner, error=0.0)
+    half = len(sizes) // 2
+    begin, end = adjoint_norms[half], adjoint_norms[-1]
+    shrink = ratio(end, begin) ** (1.0 / (len(sizes) - half))
+    # The sum of a geometric series, which is `left_out` for ρ = 1.
+    series = float(left_out) if shrink >= 1.0 else shrink * (1.0 - shrink**left_out) / (1.0 - shrink)
+    error = ratio(sizes[-1] * series, max(float(norm(gradient)), response.gradient_floor))
+    wrong = [_GROWS] if shrink > 1.0 else []
+    verdict, reasons = judge(error, wrong, by_design=True, hint="")
+    return Certificate(verdict, inner, error=error, reasons=tuple(reasons))
+
+
+_GROWS = (
+    "the adjoint grows towards earlier steps, so the steps left out matter more than those kept: lower the inner "
+    'learning rate, or choose method="unroll"'
+)
