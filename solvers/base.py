@@ -130,44 +130,40 @@ class Linearization:
 
     def _product(self, v: Vector) -> Vector:
         self._cost.products += 1
-        return self._onto(self._lower, v)
+        return self._transposed(v)
 
     def _products(self, v: Vector) -> Vector:
         """Return H v for stacked v; one by one where an operation has no batched derivative."""
         count = next(iter(v.values())).shape[0]
         try:
-            stacked = self._onto(self._lower, v, batched=True)
+            stacked: Vector = torch.func.vmap(self._transposed)(v)
         except RuntimeError:
-            rows = [self._onto(self._lower, {name: t[i] for name, t in v.items()}) for i in range(count)]
+            rows = [self._transposed({name: t[i] for name, t in v.items()}) for i in range(count)]
             stacked = {name: torch.stack([row[name] for row in rows]) for name in v}
         self._cost.products += count
         return stacked
 
-    def _onto(self, variables: Vector, v: Vector, *, batched: bool = False) -> Vector:
-        pulled = self._pull(variables, v, batched=batched)
-        lead = next(iter(v.values())).shape[:1] if batched else ()
-        return {
-            name: x.new_zeros(lead + x.shape) if pulled[name] is None else pulled[name]  # type: ignore[misc]
-            for name, x in variables.items()
-        }
-
-    def _pull(self, variables: Vector, v: Vector, *, batched: bool = False) -> dict[str, Tensor | None]:
-        if not self._attached:
-            return dict.fromkeys(variables)
-        grads = torch.autograd.grad(
-            list(self._attached.values()),
-            list(variables.values()),
-            [v[name] for name in self._attached],
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return dict(zip(variables, grads, strict=True))
+    def _transposed(self, v: Vector) -> Vector:
+        """Return (dR/dw)^T v, zero where R does not use a tensor."""
+        grads = self._pull(self._lower, v)
+        return {name: torch.zeros_like(x) if (g := grads[name]) is None else g for name, x in self._lower.items()}
 
     def pull_back(self, v: Vector) -> dict[str, Tensor | None]:
         """Return (dR/dλ)^T v; None for a hyperparameter that R does not use."""
         self._cost.products += 1
         return self._pull(self._upper, v)
+
+    def _pull(self, onto: Vector, v: Vector) -> dict[str, Tensor | None]:
+        if not self._attached:
+            return dict.fromkeys(onto)
+        grads = torch.autograd.grad(
+            list(self._attached.values()),
+            list(onto.values()),
+            [v[name] for name in self._attached],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return dict(zip(onto, grads, strict=True))
 
 
 def add_terms(

@@ -30,9 +30,9 @@ from bilevel.solvers.linear.cg import CG
 from bilevel.solvers.linear.cholesky import Cholesky
 from bilevel.vector import Vector, norm, size
 
-# Up to this many inner variables a dense Hessian costs less than conjugate gradients to 1e-8 did on logistic and
-# softmax regression, and has no condition number to fear (docs/design.md, "direct or CG").
-DENSE_UP_TO = 400
+# Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
+# 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
+DENSE_UP_TO = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Implicit:
 
     Args:
         linear_solver: `bilevel.CG()`, `bilevel.Cholesky()`, `bilevel.Neumann()` or any
-            `LinearSolver`; None: Cholesky up to 400 inner variables, CG above.
+            `LinearSolver`; None: Cholesky up to 128 inner variables, CG above.
     """
 
     linear_solver: LinearSolver | None = None
