@@ -10,6 +10,8 @@ Verdict = Literal["exact", "approximate", "untrusted"]
 
 # The contract: "exact" means that the estimated relative error is below this.
 EXACT_BELOW = 1e-3
+# Above this an approximation may point anywhere, so it does not work as designed.
+APPROXIMATE_BELOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,23 @@ def judge(error: float | None, reasons: Sequence[str], *, by_design: bool, hint:
     Args:
         error: estimated relative error; None if the method has no estimate.
         reasons: what is wrong for certain; any entry makes the verdict "untrusted".
-        by_design: the method approximates by design, so a large error is no fault of its own.
+        by_design: the method approximates by design, so an error above 1e-3 (but below 0.5) is no fault of its own.
         hint: what to do about a large error, as the end of a sentence.
     """
     if reasons:
         return "untrusted", list(reasons)
     if error is not None and error < EXACT_BELOW:
         return "exact", []
-    if by_design:
+    if by_design and (error is None or error < APPROXIMATE_BELOW):
         return "approximate", []
     shown = "unknown" if error is None else f"{error:.1e}"
-    return "untrusted", [
-        f"the estimated relative error of the hypergradient is {shown} (exact means below {EXACT_BELOW:.0e}): {hint}"
-    ]
+    return "untrusted", [f"the estimated relative error of the hypergradient is {shown} ({_demand(by_design)}): {hint}"]
+
+
+def _demand(by_design: bool) -> str:
+    if by_design:
+        return f"a good approximation stays below {APPROXIMATE_BELOW}"
+    return f"exact means below {EXACT_BELOW:.0e}"
 
 
 @dataclass

@@ -187,7 +187,7 @@ def _certificate(
     series = float(left_out) if shrink >= 1.0 else shrink * (1.0 - shrink**left_out) / (1.0 - shrink)
     error = ratio(sizes[-1] * series, max(float(norm(gradient)), response.gradient_floor))
     wrong = [_GROWS] if shrink > 1.0 else []
-    verdict, reasons = judge(error, wrong, by_design=True, hint="")
+    verdict, reasons = judge(error, wrong, by_design=True, hint='raise `steps`, or choose method="unroll"')
     return Certificate(verdict, inner, error=error, reasons=tuple(reasons))
 
 
