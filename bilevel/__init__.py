@@ -15,13 +15,15 @@ from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Record, Solution
-from bilevel.solvers import CG, METHODS, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll
+from bilevel.solvers import CG, GMRES, METHODS, MINRES, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "GMRES",
     "METHODS",
+    "MINRES",
     "BilevelError",
     "BilevelProblem",
     "Certificate",

@@ -9,13 +9,15 @@ from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.fixed_point import FixedPoint
 from bilevel.solvers.implicit import Implicit
-from bilevel.solvers.linear import CG, Cholesky, LinearSolution, LinearSolver, Neumann
+from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver, Neumann
 from bilevel.solvers.truncated import Truncated, Unroll
 
 # The table of names; it is also the table of the tests.
 METHODS: Mapping[str, Callable[[], Estimator]] = {
     "implicit": Implicit,
     "cg": lambda: Implicit(CG()),
+    "minres": lambda: Implicit(MINRES()),
+    "gmres": lambda: Implicit(GMRES()),
     "direct": lambda: Implicit(Cholesky()),
     "neumann": lambda: Implicit(Neumann()),
     "fixed-point": FixedPoint,
@@ -40,7 +42,9 @@ def estimator(method: str | Estimator) -> Estimator:
 
 __all__ = [
     "CG",
+    "GMRES",
     "METHODS",
+    "MINRES",
     "Cholesky",
     "Estimator",
     "FixedPoint",

@@ -3,6 +3,8 @@
 from bilevel.solvers.linear.base import LinearSolution, LinearSolver
 from bilevel.solvers.linear.cg import CG
 from bilevel.solvers.linear.cholesky import Cholesky
+from bilevel.solvers.linear.gmres import GMRES
+from bilevel.solvers.linear.minres import MINRES
 from bilevel.solvers.linear.neumann import Neumann
 
-__all__ = ["CG", "Cholesky", "LinearSolution", "LinearSolver", "Neumann"]
+__all__ = ["CG", "GMRES", "MINRES", "Cholesky", "LinearSolution", "LinearSolver", "Neumann"]

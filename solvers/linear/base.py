@@ -31,6 +31,10 @@ EXPLANATIONS: dict[Status, str] = {
 }
 
 
+# A solution that ends like this is wrong whatever its residual says.
+FATAL: tuple[Status, ...] = ("nonpositive curvature", "singular", "diverged")
+
+
 @dataclass(frozen=True)
 class LinearSolution:
     """The answer of a linear solver to A x = b.

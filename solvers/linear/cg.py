@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
@@ -31,7 +32,10 @@ from bilevel.solvers.linear.base import (
 from bilevel.vector import Vector, flatten
 
 REFRESH = 50  # steps between two recomputations of the true residual
-PATIENCE = 100  # steps without a better residual that count as stagnation
+PATIENCE = 100  # steps without a better residual, after which the decrease of the energy decides
+# The residual of an ill-conditioned system first grows for long while the energy x·Ax/2 - b·x falls. Stagnation is an
+# energy that does not fall either: less than this part of its fall so far, over PATIENCE steps.
+NEGLIGIBLE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class _Run:
 
     def iterate(self, threshold: float, max_steps: int) -> Status:
         p, rr, waited = self.r.clone(), inner(self.r, self.r), 0
+        fall, lately = 0.0, 0.0
         while self.best_norm > threshold:
             if self.steps == max_steps:
                 return "max_steps"
@@ -90,18 +95,23 @@ class _Run:
             self.steps += 1
             self.curvatures.append(pAp / pp)
             # Rounding in a product of size |p||Ap| cannot tell a smaller curvature from zero.
-            if not pAp > 4 * np.finfo(np.float64).eps * math.sqrt(pp * inner(Ap, Ap)):
+            if not pAp > 4 * torch.finfo(p.dtype).eps * math.sqrt(pp * inner(Ap, Ap)):
                 return "nonpositive curvature"
             alpha = rr / pAp
             self.x += alpha * p
+            fall, lately = fall + alpha * rr, lately + alpha * rr
             refreshed = self.steps % REFRESH == 0
             self.r = self.b - self.operator.flat(self.x) if refreshed else self.r - alpha * Ap
             rr, before = inner(self.r, self.r), rr
             waited = waited + 1 if math.sqrt(rr) >= self.best_norm else 0
             if not waited:
                 self.best_x, self.best_norm = self.x.clone(), math.sqrt(rr)
-            if waited == PATIENCE or not math.isfinite(rr):
+            if not math.isfinite(rr):
                 return "stagnated"
+            if waited % PATIENCE == 0:
+                if waited and lately < NEGLIGIBLE * fall:
+                    return "stagnated"
+                lately = 0.0
             self.alphas.append(alpha)
             self.betas.append(rr / before)
             p = self.r + self.betas[-1] * p

@@ -1,0 +1,110 @@
+"""Restarted GMRES for systems without symmetry.
+
+Saad and Schultz, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems, SIAM J. Sci.
+Stat. Comput. 7 (1986). Deliberate differences: classical Gram-Schmidt run twice (two matrix-vector products in place of
+many dots, and orthogonal to rounding); a small least-squares solve instead of rotations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bilevel.errors import InvalidValueError
+from bilevel.operators import LinearOperator
+from bilevel.solvers.linear.base import (
+    LinearSolution,
+    Status,
+    check_settings,
+    default_rtol,
+    finished,
+    inner,
+    start_from,
+)
+from bilevel.vector import Vector, flatten
+
+
+@dataclass(frozen=True)
+class GMRES:
+    """Solve a general square system by minimizing the residual over Krylov spaces, restarted.
+
+    Memory: `restart` vectors. A restart that gains nothing ends the solve.
+
+    Args:
+        rtol: stop when |b - Ax| <= rtol |b|; None: 1e-8 in float64, 1e-5 in float32.
+        max_steps: most iterations; None: ten times the number of unknowns, at most 10,000.
+        restart: basis vectors kept; larger converges in fewer steps.
+
+    >>> import torch
+    >>> from bilevel.operators import LinearOperator
+    >>> M = torch.tensor([[2.0, 1.0], [0.0, 4.0]])
+    >>> A = LinearOperator(lambda v: {"w": M @ v["w"]}, {"w": torch.zeros(2)}, symmetric=False)
+    >>> GMRES().solve(A, {"w": torch.tensor([3.0, 4.0])}).value["w"]
+    tensor([1., 1.])
+    """
+
+    rtol: float | None = None
+    max_steps: int | None = None
+    restart: int = 50
+    truncates: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self.rtol, self.max_steps)
+        if self.restart < 1:
+            raise InvalidValueError(f"`restart` is {self.restart}, expected at least 1")
+
+    def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
+        """Solve A x = rhs."""
+        b = flatten(rhs)
+        threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
+        x, r = start_from(operator, b, None if start is None else flatten(start))
+        steps, limit = 0, self.max_steps or min(10 * operator.size, 10_000)
+        curvature: float | None = None
+        status: Status = "converged"
+        while (size := math.sqrt(inner(r, r))) > threshold:
+            if steps >= limit:
+                status = "max_steps"
+                break
+            correction, taken, seen = _cycle(operator, r, size, threshold, min(self.restart, limit - steps))
+            candidate, steps = x + correction, steps + taken
+            if operator.symmetric:
+                curvature = seen if curvature is None else min(curvature, seen)
+            after = b - operator.flat(candidate)
+            if not math.sqrt(inner(after, after)) < 0.99 * size:
+                status = "stagnated"
+                break
+            x, r = candidate, after
+        return finished(operator, rhs, x, status, steps, curvature)
+
+
+def _cycle(
+    operator: LinearOperator, r: Tensor, size: float, threshold: float, length: int
+) -> tuple[Tensor, int, float]:
+    """Return the correction of one Arnoldi cycle, its steps, and the smallest v·Av over its basis."""
+    basis = torch.empty(length + 1, r.numel(), dtype=r.dtype, device=r.device)
+    basis[0] = r / size
+    H = np.zeros((length + 1, length))
+    y = np.zeros(0)
+    for k in range(length):
+        w = operator.flat(basis[k])
+        for _ in range(2):
+            overlap = basis[: k + 1] @ w
+            w = w - basis[: k + 1].T @ overlap
+            H[: k + 1, k] += overlap.double().cpu().numpy()
+        H[k + 1, k] = math.sqrt(inner(w, w))
+        e = np.zeros(k + 2)
+        e[0] = size
+        y = np.linalg.lstsq(H[: k + 2, : k + 1], e, rcond=None)[0]
+        left = float(np.linalg.norm(e - H[: k + 2, : k + 1] @ y))
+        if left <= threshold or H[k + 1, k] <= 1e-14 * np.abs(H).max():
+            break
+        basis[k + 1] = w / H[k + 1, k]
+    used = len(y)
+    coefficients = torch.from_numpy(y).to(r.device, r.dtype)
+    lowest = float(np.linalg.eigvalsh((H[:used, :used] + H[:used, :used].T) / 2)[0])
+    return basis[:used].T @ coefficients, used, lowest
