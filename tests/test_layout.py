@@ -33,6 +33,8 @@ FLOORS = {
     "bilevel.plotting": 4,
     "bilevel.descent": 4,
     "bilevel.differentiable": 4,
+    "bilevel.oracle": 4,
+    "bilevel.known": 4,
     "bilevel.outer": 5,
     "bilevel.testing": 5,
     "bilevel.comparison": 6,
