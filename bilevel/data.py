@@ -30,6 +30,8 @@ class Batches:
         self._stream: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._batch: Any = None
+        self._drawn = 0
+        self._random: dict[str, Any] | None = None
         self.given = data is not None
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             data = default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
@@ -49,17 +51,53 @@ class Batches:
         if self._stream is None:
             return self._batch
         if self._iterator is None:
-            self._iterator = iter(self._stream)
+            self._iterator = self._begin()
         batch = next(self._iterator, _END)
         if batch is _END:
-            self._iterator = iter(self._stream)
-            batch = next(self._iterator, _END)
+            batch = next(self._begin(), _END)
         if batch is _END:
             raise InvalidValueError(
                 f"`{self._role}` has no batch left; give an iterable that can start again, "
                 "for example a DataLoader, not an exhausted iterator"
             )
+        self._drawn += 1
         return self._to_device(batch, strict=False)
+
+    def _begin(self) -> Iterator[Any]:
+        """Start a pass over the stream, and keep the random states that decide its order."""
+        assert self._stream is not None
+        own = getattr(self._stream, "generator", None)
+        self._random = {
+            "global": torch.get_rng_state(),
+            "own": own.get_state() if isinstance(own, torch.Generator) else None,
+        }
+        self._drawn, self._iterator = 0, iter(self._stream)
+        return self._iterator
+
+    def position(self) -> dict[str, Any]:
+        """Return where the stream is: the batches drawn in this pass, and the random states at its start."""
+        return {"drawn": self._drawn, "random": self._random}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Bring the stream to a position that `position` returned; the global random state stays as it is."""
+        self._iterator, self._drawn, self._random = None, 0, position["random"]
+        if self._stream is None or position["random"] is None:
+            return
+        if iter(self._stream) is self._stream:
+            raise InvalidValueError(
+                f"`{self._role}` is an iterator that cannot go back; give a DataLoader or another iterable that starts "
+                "again"
+            )
+        now = torch.get_rng_state()
+        own = getattr(self._stream, "generator", None)
+        torch.set_rng_state(position["random"]["global"])
+        if isinstance(own, torch.Generator):
+            own.set_state(position["random"]["own"])
+        iterator = self._begin()
+        for _ in range(position["drawn"]):
+            next(iterator)
+        self._drawn = position["drawn"]
+        torch.set_rng_state(now)
 
     def epoch(self) -> int:
         """Return the number of batches in one pass; 1 without a stream."""

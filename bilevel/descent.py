@@ -13,7 +13,7 @@ from bilevel.errors import InvalidTypeError, NonFiniteError
 from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
 from bilevel.minimize import Array, lbfgs
 from bilevel.solution import Record, Solution, summarize
-from bilevel.vector import Vector, detach, flatten, is_finite, leaves, norm, unflatten
+from bilevel.vector import Vector, detach, flatten, is_finite, norm, unflatten
 
 
 class Stop(BaseException):
@@ -65,17 +65,13 @@ class Run:
     def evaluate(self, free: Vector) -> Point:
         """Return the hypergradient at unconstrained values, chained to them; raise if untrusted and asked to."""
         hparams = self.evaluator.problem.hparams
-        u = leaves(free)
-        natural = hparams.natural(u)
+        natural = detach(hparams.natural(free))
         try:
-            evaluation = self.evaluator(detach(natural))
+            evaluation = self.evaluator(natural)
         except NonFiniteError as error:
             raise self._located(error) from error
         found = evaluation.hypergradient
-        pulled = torch.autograd.grad(
-            list(natural.values()), list(u.values()), list(found.gradient.values()), materialize_grads=True
-        )
-        gradient = dict(zip(u, pulled, strict=True))
+        gradient = hparams.chain(free, found.gradient)
         if not is_finite(gradient):
             raise self._located(NonFiniteError("the hypergradient is not finite", "hypergradient"))
         self._spent += found.cost
@@ -83,7 +79,7 @@ class Run:
         self._solves += 1
         if self._on_untrusted == "raise":
             report_untrusted(found, "raise", stacklevel=1)
-        return Point(detach(free), detach(natural), gradient, evaluation)
+        return Point(detach(free), natural, gradient, evaluation)
 
     def _located(self, error: NonFiniteError) -> NonFiniteError:
         step = 0 if self.start is None else len(self.history) + 1

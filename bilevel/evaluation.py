@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ from bilevel.errors import (
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
 )
+from bilevel.inner import InnerSolver
 from bilevel.problem import BilevelProblem, ProblemResponse
 from bilevel.solvers.base import Estimator, State
 from bilevel.vector import Vector
@@ -49,13 +50,15 @@ class Evaluator:
         lower: the last inner solution, from which the next inner solve starts; None: from `params`.
         state: what the estimator kept.
         gradient_floor: norm below which a hypergradient counts as zero, natural units.
+        inner_solver: in place of the problem's; None: the problem's.
     """
 
     problem: BilevelProblem
     estimator: Estimator
     lower: Vector | None = None
     state: State = None
-    gradient_floor: float = field(default=0.0)
+    gradient_floor: float = 0.0
+    inner_solver: InnerSolver | None = None
 
     def __call__(self, upper: Vector, given: Vector | None = None) -> Evaluation:
         """Return the hypergradient at natural hyperparameters `upper`.
@@ -64,7 +67,7 @@ class Evaluator:
             upper: the hyperparameters, natural units.
             given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
         """
-        response = ProblemResponse(self.problem, self.gradient_floor)
+        response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
         start = self.problem.params.start
         if self.estimator.unrolls:
             # The loop itself is what is differentiated, so it begins where the user's begins.

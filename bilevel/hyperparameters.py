@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.variables import Variables, variables
-from bilevel.vector import Vector, detach
+from bilevel.vector import Vector, detach, leaves
 
 Shape = tuple[int, ...] | int
 
@@ -253,6 +253,13 @@ class Hyperparameters:
     def free(self, natural: Vector) -> Vector:
         """Map natural values to unconstrained ones."""
         return {name: self.kinds[name].free(t) if name in self.kinds else t for name, t in natural.items()}
+
+    def chain(self, free: Vector, natural_gradient: Vector) -> Vector:
+        """Return the gradient over unconstrained values that belongs to one over natural values."""
+        u = leaves(free)
+        natural = self.natural(u)
+        pulled = torch.autograd.grad(list(natural.values()), list(u.values()), list(natural_gradient.values()))
+        return dict(zip(u, pulled, strict=True))
 
     def read(self, structure: Any, source: str) -> Vector:
         """Return the natural values of a structure like the user's, typed leaves or plain tensors."""

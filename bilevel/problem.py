@@ -80,6 +80,15 @@ class BilevelProblem:
         """Both losses see the same batch at every call."""
         return self.inner_batches.deterministic and self.outer_batches.deterministic
 
+    def position(self) -> dict[str, Any]:
+        """Return where the streams of batches are."""
+        return {"inner": self.inner_batches.position(), "outer": self.outer_batches.position()}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Bring the streams of batches to a position that `position` returned."""
+        self.inner_batches.go_to(position["inner"])
+        self.outer_batches.go_to(position["outer"])
+
     def __repr__(self) -> str:
         inner = sum(t.numel() for t in self.params.start.values())
         outer = sum(t.numel() for t in self.hparams.layout.start.values())
@@ -100,8 +109,11 @@ class ProblemResponse:
         gradient_floor: see `Response`.
     """
 
-    def __init__(self, problem: BilevelProblem, gradient_floor: float = 0.0) -> None:
+    def __init__(
+        self, problem: BilevelProblem, gradient_floor: float = 0.0, inner_solver: InnerSolver | None = None
+    ) -> None:
         self._problem = problem
+        self._solver = inner_solver or problem.inner_solver
         self.params = problem.params
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
@@ -139,10 +151,10 @@ class ProblemResponse:
     @property
     def has_step(self) -> bool:
         """See `Response.has_step`."""
-        return hasattr(self._problem.inner_solver, "step")
+        return hasattr(self._solver, "step")
 
     def _stepper(self) -> Any:
-        solver = self._problem.inner_solver
+        solver: Any = self._solver
         if not self.has_step:
             raise InvalidValueError(
                 f"unrolling differentiates through the steps of the inner solver, and {type(solver).__name__} has none "
@@ -167,7 +179,7 @@ class ProblemResponse:
 
     def solve_inner(self, lower: Vector, upper: Vector) -> InnerSolution:
         """Run the inner solver from `lower`."""
-        return self._problem.inner_solver.solve(self, lower, upper)
+        return self._solver.solve(self, lower, upper)
 
     def draw(self) -> Any:
         """See `Task.draw`."""

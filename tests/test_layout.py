@@ -38,6 +38,7 @@ FLOORS = {
     "bilevel.outer": 5,
     "bilevel.testing": 5,
     "bilevel.comparison": 6,
+    "bilevel.gradient_check": 6,
     "bilevel.preflight": 6,
     "bilevel.nested": 6,
     "bilevel.demo": 7,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def _cycle(
     basis = torch.empty(length + 1, r.numel(), dtype=r.dtype, device=r.device)
     basis[0] = r / size
     H = np.zeros((length + 1, length))
-    y = np.zeros(0)
+    y: Any = np.zeros(0)
     for k in range(length):
         w = operator.flat(basis[k])
         for _ in range(2):
