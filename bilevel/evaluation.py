@@ -18,7 +18,8 @@ from bilevel.errors import (
     UntrustedHypergradientWarning,
 )
 from bilevel.inner import InnerSolver
-from bilevel.problem import BilevelProblem, ProblemResponse
+from bilevel.problem import BilevelProblem
+from bilevel.response import ProblemResponse
 from bilevel.solvers.base import Estimator, State
 from bilevel.vector import Vector
 

@@ -12,7 +12,8 @@ import torch
 from bilevel.errors import InvalidValueError
 from bilevel.evaluation import Evaluator, check_problem, own_randomness
 from bilevel.inner import LBFGS
-from bilevel.problem import BilevelProblem, ProblemResponse
+from bilevel.problem import BilevelProblem
+from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator, estimator
 from bilevel.vector import Vector, axpy, detach, dot, norm, scale
 

@@ -28,6 +28,7 @@ FLOORS = {
     "bilevel.solvers": 2,
     "bilevel.inner": 3,
     "bilevel.problem": 3,
+    "bilevel.response": 3,
     "bilevel.evaluation": 4,
     "bilevel.solution": 4,
     "bilevel.plotting": 4,

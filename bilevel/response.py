@@ -1,0 +1,175 @@
+"""A problem as one hypergradient sees it: batches drawn once, random numbers pinned, costs counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.certificate import Cost
+from bilevel.data import Batches
+from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.inner import InnerSolution, InnerSolver
+from bilevel.problem import BilevelProblem
+from bilevel.vector import Vector, detach, leaves, norm
+
+
+class ProblemResponse:
+    """One problem for one hypergradient: its losses with the batches drawn once, and its costs.
+
+    Implements `bilevel.solvers.Response` for estimators and `bilevel.inner.Task` for inner solvers.
+
+    Attributes:
+        cost: gradients and products spent so far.
+        inner_loss: the inner loss where it was last differentiated; None before.
+        gradient_floor: see `Response`.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, gradient_floor: float = 0.0, inner_solver: InnerSolver | None = None
+    ) -> None:
+        self._problem = problem
+        self._solver = inner_solver or problem.inner_solver
+        self.params = problem.params
+        self.data = problem.inner_data
+        self.deterministic = problem.inner_batches.deterministic
+        self.gradient_floor = gradient_floor
+        self.cost = Cost()
+        self.inner_loss: float | None = None
+        self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
+        self._start_norm: float | None = None
+
+    # For estimators
+
+    def loss(self, lower: Vector, upper: Vector) -> Tensor:
+        """See `Response.loss`."""
+        problem = self._problem
+        return self._evaluate(problem.outer_loss, "outer_loss", lower, upper, problem.outer_batches, self._outer_batch)
+
+    def residual(self, lower: Vector, upper: Vector) -> Vector:
+        """See `Response.residual`."""
+        value, gradient = self._inner(lower, upper, self._inner_batch, create_graph=True, keep_buffers=False)
+        self.inner_loss = float(value.detach())
+        return gradient
+
+    def start_gradient_norm(self, upper: Vector) -> float:
+        """See `Response.start_gradient_norm`; one gradient, the first time."""
+        if self._start_norm is None:
+            start = leaves(self.params.start)
+            _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, keep_buffers=False)
+            self._start_norm = float(norm(gradient))
+        return self._start_norm
+
+    def label(self, name: str) -> str:
+        """See `Response.label`."""
+        return self._problem.hparams.layout.label(name)
+
+    @property
+    def has_step(self) -> bool:
+        """See `Response.has_step`."""
+        return hasattr(self._solver, "step")
+
+    def _stepper(self) -> Any:
+        solver: Any = self._solver
+        if not self.has_step:
+            raise InvalidValueError(
+                f"unrolling differentiates through the steps of the inner solver, and {type(solver).__name__} has none "
+                'that can be; write inner_solver=bilevel.inner.SGD(lr=..., steps=...), or choose method="implicit"'
+            )
+        return solver
+
+    def unroll_steps(self) -> int:
+        """See `Response.unroll_steps`."""
+        return int(self._stepper().unroll_steps(self))
+
+    def initial_state(self, lower: Vector) -> Any:
+        """See `Response.initial_state`."""
+        return self._stepper().initial_state(lower)
+
+    def step(self, lower: Vector, state: Any, upper: Vector, t: int) -> tuple[Vector, Any]:
+        """See `Response.step`."""
+        after: tuple[Vector, Any] = self._stepper().step(self, lower, state, upper, t)
+        return after
+
+    # For inner solvers
+
+    def solve_inner(self, lower: Vector, upper: Vector) -> InnerSolution:
+        """Run the inner solver from `lower`."""
+        return self._solver.solve(self, lower, upper)
+
+    def draw(self) -> Any:
+        """See `Task.draw`."""
+        return self._problem.inner_batches.draw()
+
+    def epoch(self) -> int:
+        """See `Task.epoch`."""
+        return self._problem.inner_batches.epoch()
+
+    def value_and_gradient(
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False
+    ) -> tuple[Tensor, Vector]:
+        """See `Task.value_and_gradient`."""
+        w = lower if create_graph else leaves(lower)
+        return self._inner(w, upper, batch, create_graph=create_graph, keep_buffers=True)
+
+    def hparams(self, upper: Vector) -> AbstractContextManager[Any]:
+        """See `Task.hparams`."""
+        return self._problem.hparams.layout.bound(upper)
+
+    def _inner(
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool, keep_buffers: bool
+    ) -> tuple[Tensor, Vector]:
+        problem = self._problem
+        h = upper if create_graph else detach(upper)
+        with torch.enable_grad():
+            value = self._evaluate(
+                problem.inner_loss, "inner_loss", lower, h, problem.inner_batches, batch, keep_buffers
+            )
+            if not value.requires_grad:
+                raise InvalidTypeError(
+                    "`inner_loss` returned a tensor that does not depend on params; do not detach them, and use the "
+                    "`params` that the loss is called with"
+                )
+            grads = torch.autograd.grad(value, list(lower.values()), create_graph=create_graph, allow_unused=True)
+        self.cost.gradients += 1
+        if all(g is None for g in grads):
+            raise InvalidTypeError(
+                "`inner_loss` does not depend on params; use the `params` that the loss is called with, not the ones "
+                "from outside"
+            )
+        pairs = zip(lower.items(), grads, strict=True)
+        return value, {name: torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+
+    def _evaluate(
+        self,
+        loss: Callable[..., Tensor],
+        name: str,
+        lower: Vector,
+        upper: Vector,
+        batches: Batches,
+        batch: Any,
+        keep_buffers: bool = False,
+    ) -> Tensor:
+        problem = self._problem
+        with (
+            problem.params.bound(lower, keep_buffers=keep_buffers) as params,
+            problem.hparams.layout.bound(upper) as hparams,
+        ):
+            value = loss(params, hparams, batch) if batches.given else loss(params, hparams)
+        return _checked_scalar(value, name)
+
+
+def _checked_scalar(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
+        raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")
+    if value.dim() > 0:
+        raise InvalidValueError(
+            f"`{name}` returned a tensor of shape {tuple(value.shape)}, expected a scalar (0-d); add .mean() or .sum()"
+        )
+    if not value.is_floating_point():
+        raise InvalidTypeError(f"`{name}` returned a {value.dtype} tensor, expected a floating-point one")
+    return value
