@@ -37,7 +37,7 @@ class LBFGS:
     """
 
     rtol: float | None = None
-    max_steps: int = 500
+    max_steps: int = 2000
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
