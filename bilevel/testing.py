@@ -34,7 +34,7 @@ class CheckFailedError(BilevelError, AssertionError):
 
 def relative_error(found: Any, truth: Any) -> float:
     """Return |found - truth| / |truth| over all tensors of two structures; |found| where the truth is zero."""
-    left, right = ({str(i): t for i, t in enumerate(optree.tree_leaves(side))} for side in (found, truth))
+    left, right = ({str(i): t.detach() for i, t in enumerate(optree.tree_leaves(side))} for side in (found, truth))
     size = float(norm(right))
     return float(norm(subtract(left, right))) / (size if size > 0.0 else 1.0)
 
