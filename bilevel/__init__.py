@@ -7,10 +7,12 @@ from bilevel.errors import (
     InvalidTypeError,
     InvalidValueError,
     NonFiniteError,
+    NotTwiceDifferentiableError,
     UnseenHyperparameterError,
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
 )
+from bilevel.gradient_check import GradientCheck, check_gradient
 from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
 from bilevel.problem import BilevelProblem
@@ -30,12 +32,14 @@ __all__ = [
     "Cholesky",
     "Cost",
     "FixedPoint",
+    "GradientCheck",
     "Hypergradient",
     "Implicit",
     "InvalidTypeError",
     "InvalidValueError",
     "Neumann",
     "NonFiniteError",
+    "NotTwiceDifferentiableError",
     "Record",
     "Solution",
     "Truncated",
@@ -43,6 +47,7 @@ __all__ = [
     "UntrustedHypergradientError",
     "UntrustedHypergradientWarning",
     "Unroll",
+    "check_gradient",
     "hypergradient",
     "inner",
     "interval",

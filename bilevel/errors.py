@@ -21,6 +21,10 @@ class UnseenHyperparameterError(BilevelError, ValueError):
     """A hyperparameter has no path to the outer loss under the chosen method."""
 
 
+class NotTwiceDifferentiableError(BilevelError, TypeError):
+    """A loss holds an operation that autograd cannot differentiate twice; the message names it."""
+
+
 class UntrustedHypergradientError(BilevelError, ArithmeticError):
     """A hypergradient's certificate says "untrusted" and `on_untrusted="raise"` was asked for.
 

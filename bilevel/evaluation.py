@@ -19,6 +19,7 @@ from bilevel.errors import (
 )
 from bilevel.inner import InnerSolver
 from bilevel.problem import BilevelProblem
+from bilevel.randomness import fork_random
 from bilevel.response import ProblemResponse
 from bilevel.solvers.base import Estimator, State
 from bilevel.vector import Vector
@@ -108,8 +109,7 @@ def own_randomness(problem: BilevelProblem, seed: int | None) -> Iterator[None]:
     """Leave torch's global random state as it was, and start from `seed` inside."""
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise InvalidTypeError(f"`seed` is {seed!r}, expected a whole number or None")
-    devices = {t.device for t in problem.params.start.values() if t.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    with fork_random(next(iter(problem.params.start.values())).device):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.data import Batches
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, NotTwiceDifferentiableError
 from bilevel.hyperparameters import Hyperparameters
 from bilevel.inner import LBFGS, Custom, InnerSolver
+from bilevel.twice import custom_functions
 from bilevel.variables import Variables, variables
 
 
@@ -70,11 +71,28 @@ class BilevelProblem:
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
         self.inner_solver = _as_solver(inner_solver)
+        self._examined = False
 
     @property
     def deterministic(self) -> bool:
         """Both losses see the same batch at every call."""
         return self.inner_batches.deterministic and self.outer_batches.deterministic
+
+    def examine(self, inner_loss: Tensor) -> None:
+        """Refuse a custom autograd.Function that hides its curvature; looked for once.
+
+        Raises:
+            NotTwiceDifferentiableError: the inner loss uses a Function marked once_differentiable.
+        """
+        if self._examined:
+            return
+        once = [name for name, marked in custom_functions(inner_loss).items() if marked]
+        if once:
+            raise NotTwiceDifferentiableError(
+                f"`inner_loss` uses {', '.join(once)}, marked once_differentiable: its second derivative would be "
+                "missing without an error; write its backward with differentiable operations and remove the mark"
+            )
+        self._examined = True
 
     def position(self) -> dict[str, Any]:
         """Return where the streams of batches are."""

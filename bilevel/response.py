@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel.certificate import Cost
-from bilevel.data import Batches
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.problem import BilevelProblem
-from bilevel.vector import Vector, detach, leaves, norm
+from bilevel.randomness import fork_random, get_random, set_random
+from bilevel.twice import explained, twice_differentiable
+from bilevel.vector import Vector, dense, detach, leaves, norm
 
 
 class ProblemResponse:
@@ -41,17 +42,21 @@ class ProblemResponse:
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
         self._start_norm: float | None = None
+        self._device = next(iter(problem.params.start.values())).device
+        self._random = get_random(self._device)
 
     # For estimators
 
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """See `Response.loss`."""
         problem = self._problem
-        return self._evaluate(problem.outer_loss, "outer_loss", lower, upper, problem.outer_batches, self._outer_batch)
+        with self._lent(lower, upper, keep_buffers=False) as structures, self._randomness(pinned=True):
+            given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
+            return _checked_scalar(problem.outer_loss(*given), "outer_loss")
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
         """See `Response.residual`."""
-        value, gradient = self._inner(lower, upper, self._inner_batch, create_graph=True, keep_buffers=False)
+        value, gradient = self._inner(lower, upper, self._inner_batch, create_graph=True, training=False, pinned=True)
         self.inner_loss = float(value.detach())
         return gradient
 
@@ -59,7 +64,7 @@ class ProblemResponse:
         """See `Response.start_gradient_norm`; one gradient, the first time."""
         if self._start_norm is None:
             start = leaves(self.params.start)
-            _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, keep_buffers=False)
+            _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, training=False, pinned=True)
             self._start_norm = float(norm(gradient))
         return self._start_norm
 
@@ -109,30 +114,49 @@ class ProblemResponse:
         return self._problem.inner_batches.epoch()
 
     def value_and_gradient(
-        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False, pinned: bool = False
     ) -> tuple[Tensor, Vector]:
         """See `Task.value_and_gradient`."""
         w = lower if create_graph else leaves(lower)
-        return self._inner(w, upper, batch, create_graph=create_graph, keep_buffers=True)
+        return self._inner(w, upper, batch, create_graph=create_graph, training=True, pinned=pinned)
 
     def hparams(self, upper: Vector) -> AbstractContextManager[Any]:
         """See `Task.hparams`."""
         return self._problem.hparams.layout.bound(upper)
 
+    @contextmanager
+    def at(self, lower: Vector, upper: Vector) -> Iterator[tuple[Any, Any]]:
+        """See `Response.at`."""
+        with self._lent(lower, upper, keep_buffers=False) as structures:
+            yield structures
+
+    @contextmanager
+    def _lent(self, lower: Vector, upper: Vector, *, keep_buffers: bool) -> Iterator[tuple[Any, Any]]:
+        """Lend the user's structures with these tensors, where a loss is run or differentiated."""
+        with (
+            self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
+            self._problem.hparams.layout.bound(upper) as hparams,
+            twice_differentiable(params if isinstance(params, nn.Module) else None),
+            explained("differentiating the losses twice"),
+        ):
+            yield params, hparams
+
     def _inner(
-        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool, keep_buffers: bool
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool, training: bool, pinned: bool
     ) -> tuple[Tensor, Vector]:
         problem = self._problem
         h = upper if create_graph else detach(upper)
-        with torch.enable_grad():
-            value = self._evaluate(
-                problem.inner_loss, "inner_loss", lower, h, problem.inner_batches, batch, keep_buffers
-            )
+        with torch.enable_grad(), self._lent(lower, h, keep_buffers=training) as structures:
+            with self._randomness(pinned):
+                given = (*structures, batch) if problem.inner_batches.given else structures
+                value = _checked_scalar(problem.inner_loss(*given), "inner_loss")
             if not value.requires_grad:
                 raise InvalidTypeError(
                     "`inner_loss` returned a tensor that does not depend on params; do not detach them, and use the "
                     "`params` that the loss is called with"
                 )
+            if create_graph:
+                problem.examine(value)
             grads = torch.autograd.grad(value, list(lower.values()), create_graph=create_graph, allow_unused=True)
         self.cost.gradients += 1
         if all(g is None for g in grads):
@@ -141,25 +165,17 @@ class ProblemResponse:
                 "from outside"
             )
         pairs = zip(lower.items(), grads, strict=True)
-        return value, {name: torch.zeros_like(t) if g is None else g for (name, t), g in pairs}
+        return value, {name: torch.zeros_like(t) if g is None else dense(g) for (name, t), g in pairs}
 
-    def _evaluate(
-        self,
-        loss: Callable[..., Tensor],
-        name: str,
-        lower: Vector,
-        upper: Vector,
-        batches: Batches,
-        batch: Any,
-        keep_buffers: bool = False,
-    ) -> Tensor:
-        problem = self._problem
-        with (
-            problem.params.bound(lower, keep_buffers=keep_buffers) as params,
-            problem.hparams.layout.bound(upper) as hparams,
-        ):
-            value = loss(params, hparams, batch) if batches.given else loss(params, hparams)
-        return _checked_scalar(value, name)
+    @contextmanager
+    def _randomness(self, pinned: bool) -> Iterator[None]:
+        """Draw the same random numbers in every term of one hypergradient; go on with fresh ones in training."""
+        if not pinned:
+            yield
+            return
+        with fork_random(self._device):
+            set_random(self._random)
+            yield
 
 
 def _checked_scalar(value: Any, name: str) -> Tensor:

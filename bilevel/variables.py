@@ -131,13 +131,13 @@ class ModuleVariables(Variables):
     The library works on a copy of the module whose parameters are swapped for the current tensors,
     so that `params(x)`, `params.layer.weight` and `params.named_parameters()` all see them. Tied
     parameters stay tied. Frozen parameters (`requires_grad=False`) are shared with the user's module
-    and never written.
+    and never written. A `torch.compile`d module is replaced by its original in the copy.
     """
 
     def __init__(self, module: nn.Module, role: str) -> None:
         self.role = role
         self._original = module
-        trainable: Vector = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable: Vector = {name: p for name, p in _named_parameters(module).items() if p.requires_grad}
         if not trainable:
             raise InvalidValueError(
                 f"`{role}` is a {type(module).__name__} without a parameter that requires a gradient; "
@@ -149,7 +149,7 @@ class ModuleVariables(Variables):
     def _copy(self, source: nn.Module | None = None) -> tuple[nn.Module, list[tuple[nn.Module, str, str]]]:
         """Copy a module (the user's by default) and list where each trainable tensor sits in it."""
         module = self._original if source is None else source
-        names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in _named_parameters(module).items() if p.requires_grad}
         shared: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
         try:
             copied = copy.deepcopy(module, shared)
@@ -164,7 +164,8 @@ class ModuleVariables(Variables):
             for attribute, p in owner._parameters.items()
             if p is not None and id(p) in names
         ]
-        return copied, slots
+        _uncompile(copied)
+        return getattr(copied, "_orig_mod", copied), slots
 
     @contextmanager
     def bound(self, vector: Vector, *, keep_buffers: bool = False) -> Iterator[Any]:
@@ -213,7 +214,7 @@ class ModuleVariables(Variables):
                 f"{source} is a {type(structure).__name__}, expected the {type(self._original).__name__} "
                 "that came in (trained in place), or nothing"
             )
-        found = dict(structure.named_parameters())
+        found = _named_parameters(structure)
         tensors = {name: found[name] for name in self.start if name in found}
         vector = self.check({name: t.detach().clone() for name, t in tensors.items()}, source)
         trained = dict(structure.named_buffers())
@@ -225,13 +226,27 @@ class ModuleVariables(Variables):
 
     def write_back(self, vector: Vector) -> None:
         """See `Variables.write_back`; buffers are written too."""
-        parameters = dict(self._original.named_parameters())
+        parameters = _named_parameters(self._original)
         buffers = dict(self._original.named_buffers())
         with torch.no_grad():
             for name, tensor in vector.items():
                 parameters[name].copy_(tensor)
             for name, buffer in self._module.named_buffers():
                 buffers[name].copy_(buffer)
+
+
+def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names that they have in the uncompiled module."""
+    return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
+
+
+def _uncompile(module: nn.Module) -> None:
+    """Put the original in place of every compiled submodule: a compiled one has no second derivative."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            original = getattr(child, "_orig_mod", None)
+            if isinstance(original, nn.Module) and name != "_orig_mod":
+                parent._modules[name] = original
 
 
 def variables(structure: Any, role: str) -> Variables:

@@ -76,6 +76,11 @@ def leaves(a: Vector) -> Vector:
     return {name: t.detach().requires_grad_() for name, t in a.items()}
 
 
+def dense(t: Tensor) -> Tensor:
+    """Return a dense tensor; embeddings with sparse=True give sparse gradients."""
+    return t.to_dense() if t.is_sparse else t
+
+
 def is_finite(a: Vector) -> bool:
     """Say whether no entry is NaN or infinite."""
     return all(bool(torch.isfinite(t).all()) for t in a.values())

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from bilevel.certificate import Cost, Hypergradient
 from bilevel.errors import InvalidTypeError, NonFiniteError, UnseenHyperparameterError
 from bilevel.operators import LinearOperator
-from bilevel.vector import Vector, detach, is_finite, leaves, norm, zeros_like
+from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
 
 State = Any
 """What an estimator keeps from one hypergradient to the next: a warm start, a sketch, averages."""
@@ -35,6 +36,13 @@ class Response(Protocol):
 
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """Return f, differentiable."""
+        ...
+
+    def at(self, lower: Vector, upper: Vector) -> AbstractContextManager[Any]:
+        """Put these tensors into the user's modules while a graph is pulled back.
+
+        Activation checkpointing runs parts of the module again then, and must find the tensors of the forward pass.
+        """
         ...
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
@@ -101,12 +109,17 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
             "`outer_loss` returned a tensor that depends on neither params nor hparams; "
             "do not detach them or leave torch.no_grad() around it"
         )
-    grads = torch.autograd.grad(loss, [*w.values(), *h.values()], allow_unused=True)
+    with response.at(w, h):
+        grads = torch.autograd.grad(loss, [*w.values(), *h.values()], allow_unused=True)
     by_lower = dict(zip(w, grads[: len(w)], strict=True))
-    filled = {name: torch.zeros_like(w[name]) if g is None else g for name, g in by_lower.items()}
+    filled = {name: torch.zeros_like(w[name]) if g is None else dense(g) for name, g in by_lower.items()}
     if not is_finite(filled):
         raise NonFiniteError("the gradient of the outer loss is not finite", "outer gradient")
-    return OuterGradient(float(loss.detach()), filled, dict(zip(h, grads[len(w) :], strict=True)))
+    return OuterGradient(
+        float(loss.detach()),
+        filled,
+        {n: None if g is None else dense(g) for n, g in zip(h, grads[len(w) :], strict=True)},
+    )
 
 
 class Linearization:
@@ -118,7 +131,7 @@ class Linearization:
     """
 
     def __init__(self, response: Response, lower: Vector, upper: Vector) -> None:
-        self._cost = response.cost
+        self._response, self._cost = response, response.cost
         self._lower, self._upper = leaves(lower), leaves(upper)
         attached = response.residual(self._lower, self._upper)
         # A loss that is linear in some tensor gives a constant R there: nothing to pull back.
@@ -156,14 +169,10 @@ class Linearization:
     def _pull(self, onto: Vector, v: Vector) -> dict[str, Tensor | None]:
         if not self._attached:
             return dict.fromkeys(onto)
-        grads = torch.autograd.grad(
-            list(self._attached.values()),
-            list(onto.values()),
-            [v[name] for name in self._attached],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return dict(zip(onto, grads, strict=True))
+        outputs, cotangents = list(self._attached.values()), [v[name] for name in self._attached]
+        with self._response.at(self._lower, self._upper):
+            grads = torch.autograd.grad(outputs, list(onto.values()), cotangents, retain_graph=True, allow_unused=True)
+        return {name: None if g is None else dense(g) for name, g in zip(onto, grads, strict=True)}
 
 
 def add_terms(

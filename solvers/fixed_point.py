@@ -134,7 +134,7 @@ class _InnerStep:
     """
 
     def __init__(self, response: Response, lower: Vector, upper: Vector) -> None:
-        self._cost, self._lower = response.cost, lower
+        self._response, self._cost, self._lower = response, response.cost, lower
         last = response.unroll_steps() - 1
         _, still = response.step(detach(lower), response.initial_state(lower), detach(upper), last)
         tensors, spec = optree.tree_flatten(still)
@@ -150,13 +150,9 @@ class _InnerStep:
     def _pull(self, onto: Vector, u: Vector) -> dict[str, Tensor | None]:
         self._cost.products += 1
         attached = [name for name, t in self._outputs.items() if t.requires_grad]
-        grads = torch.autograd.grad(
-            [self._outputs[name] for name in attached],
-            list(onto.values()),
-            [u[name] for name in attached],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        outputs, cotangents = [self._outputs[name] for name in attached], [u[name] for name in attached]
+        with self._response.at({name: self._inputs[name] for name in self._lower}, self._upper):
+            grads = torch.autograd.grad(outputs, list(onto.values()), cotangents, retain_graph=True, allow_unused=True)
         return dict(zip(onto, grads, strict=True))
 
     def pull(self, u: Vector) -> Vector:

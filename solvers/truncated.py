@@ -21,7 +21,7 @@ from torch import Tensor
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
-from bilevel.vector import Vector, detach, is_finite, leaves, norm
+from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Unroll:
 class _Step:
     """One recorded step: the leaves it started from and the tensors that came out."""
 
+    lower: Vector
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -90,7 +91,7 @@ def _differentiate(response: Response, lower: Vector, upper: Vector, window: int
             "inner variables",
         )
     outer = outer_gradient(response, w, upper)
-    through, sizes, adjoint_norms = _sweep(recorded, outer.lower, h)
+    through, sizes, adjoint_norms = _sweep(response, recorded, outer.lower, h)
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
     certificate = _certificate(response, w, upper, gradient, sizes, adjoint_norms, total - window)
     return Hypergradient(gradient, outer.loss, w, certificate, response.cost)
@@ -117,7 +118,7 @@ def _record(
             "return tensors that depend on `hparams` by differentiable operations (no .detach(), no .data, no in-place "
             'training of a module); otherwise choose method="implicit"'
         )
-    recorded.append(_Step(inputs, outputs))
+    recorded.append(_Step(w, inputs, outputs))
     return _without_graph(w_next, s_next)
 
 
@@ -130,7 +131,7 @@ def _is_float(x: Any) -> bool:
 
 
 def _sweep(
-    recorded: list[_Step], outer: Vector, h: Vector
+    response: Response, recorded: list[_Step], outer: Vector, h: Vector
 ) -> tuple[dict[str, Tensor | None], list[float], list[float]]:
     """Pull the adjoint back through the recorded steps, freeing each.
 
@@ -146,12 +147,13 @@ def _sweep(
         step = recorded.pop()
         pairs = [(y, a) for y, a in zip(step.outputs, adjoint, strict=True) if y.requires_grad]
         inputs = [*step.inputs, *h.values()]
-        grads = torch.autograd.grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
-        adjoint = [torch.zeros_like(x) if g is None else g for x, g in zip(step.inputs, grads[:n], strict=True)]
+        with response.at(step.lower, h):
+            grads = torch.autograd.grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
+        adjoint = [torch.zeros_like(x) if g is None else dense(g) for x, g in zip(step.inputs, grads[:n], strict=True)]
         for name, g in zip(h, grads[n:], strict=True):
             if g is not None:
                 held = through[name]
-                through[name] = g if held is None else held + g
+                through[name] = dense(g) if held is None else held + dense(g)
         sizes.append(_norm([g for g in grads[n:] if g is not None]))
         adjoint_norms.append(_norm(adjoint))
     return through, sizes, adjoint_norms

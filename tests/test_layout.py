@@ -25,6 +25,8 @@ FLOORS = {
     "bilevel.certificate": 1,
     "bilevel.data": 1,
     "bilevel.minimize": 1,
+    "bilevel.randomness": 1,
+    "bilevel.twice": 1,
     "bilevel.solvers": 2,
     "bilevel.inner": 3,
     "bilevel.problem": 3,

@@ -46,9 +46,17 @@ class Task(Response, Protocol):
         ...
 
     def value_and_gradient(
-        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False
+        self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool = False, pinned: bool = False
     ) -> tuple[Tensor, Vector]:
-        """Return the inner loss and its gradient; buffers move, as they do in training."""
+        """Return the inner loss and its gradient; buffers move, as they do in training.
+
+        Args:
+            lower: the inner variables.
+            upper: the hyperparameters.
+            batch: what `draw` returned.
+            create_graph: make the gradient differentiable.
+            pinned: draw the same random numbers (dropout) at every call, so that the loss is one function.
+        """
         ...
 
     def hparams(self, upper: Vector) -> AbstractContextManager[Any]:

@@ -54,7 +54,7 @@ class LBFGS:
 
         def function(x: Array) -> tuple[float, Array]:
             w = unflatten(torch.from_numpy(x).to(first.device), lower)
-            loss, gradient = task.value_and_gradient(w, upper, batch)
+            loss, gradient = task.value_and_gradient(w, upper, batch, pinned=True)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise NonFiniteError(f"the inner loss became {value} during L-BFGS", "inner loss")
