@@ -7,118 +7,19 @@ its state (docs/design.md, "Inner optimizers").
 
 from __future__ import annotations
 
-import inspect
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchopt
-from torch import Tensor
 
-from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
-from bilevel.inner.base import InnerSolution, Task
-from bilevel.vector import Vector, axpy, detach, is_finite, zeros_like
-
-Setting = float | Tensor | Callable[..., Any]
-"""A number, a function of hparams, or a function of hparams and the step. The function returns a number, a 0-d tensor,
-or a dict from the names of `params` to numbers or tensors."""
+from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.inner.stepwise import Setting, Stepwise, check_number
+from bilevel.vector import Vector, axpy, zeros_like
 
 # Inside Adam's square root: sqrt has no derivative at 0, where an entry of the gradient has been 0 so far. Far below
 # the square of Adam's eps, so the values stay those of torch.optim to the last digits.
 UNDER_ROOT = 1e-30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stepwise:
-    """An optimizer of a fixed number of steps: give `steps`, or `epochs` over `inner_data`."""
-
-    steps: int | None = None
-    epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        given = [n for n in (self.steps, self.epochs) if n is not None]
-        if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
-            raise InvalidValueError(
-                f"inner.{name} needs either `steps` or `epochs`, a whole number of at least 1; got "
-                f"steps={self.steps!r}, epochs={self.epochs!r}; write inner.{name}(..., steps=100)"
-            )
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and value < 0.0:
-                raise InvalidValueError(f"inner.{name}: `{field.name}` is {value}, expected a number >= 0")
-            if callable(value) and field.name not in self.tunable():
-                raise InvalidTypeError(
-                    f"inner.{name}: `{field.name}` is a function, but only {', '.join(self.tunable())} may depend on "
-                    "hyperparameters; give a number"
-                )
-
-    @classmethod
-    def tunable(cls) -> tuple[str, ...]:
-        """Return the settings that may be functions of the hyperparameters."""
-        return ("lr", "weight_decay", "momentum")
-
-    def unroll_steps(self, task: Task) -> int:
-        """Return the number of steps, with epochs counted in batches."""
-        return self.steps if self.steps is not None else (self.epochs or 0) * task.epoch()
-
-    def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
-        """See `InnerSolver.solve`."""
-        w, state, h = detach(lower), self.initial_state(lower), detach(upper)
-        steps = self.unroll_steps(task)
-        for t in range(steps):
-            w, state = self.step(task, w, state, h, t)
-        if not is_finite(w):
-            raise NonFiniteError(
-                f"the inner variables became NaN or infinite within {steps} steps of {type(self).__name__}; lower its "
-                "learning rate",
-                "inner variables",
-            )
-        return InnerSolution(detach(w), steps, "steps")
-
-    def step(self, task: Task, lower: Vector, state: Any, upper: Vector, t: int) -> tuple[Vector, Any]:
-        """Take step `t`; the result has a graph where `lower` requires a gradient."""
-        graph = any(x.requires_grad for x in lower.values())
-        _, gradient = task.value_and_gradient(lower, upper, task.draw(), create_graph=graph)
-        with torch.set_grad_enabled(graph), task.hparams(upper) as hparams:
-            now = {
-                field.name: _evaluate(
-                    getattr(self, field.name), hparams, t, f"inner.{type(self).__name__}: `{field.name}`"
-                )
-                for field in fields(self)
-                if field.name in self.tunable()
-            }
-            return self.update(lower, gradient, state, t, now)
-
-    @abstractmethod
-    def initial_state(self, lower: Vector) -> Any:
-        """Return the state before the first step: a tree of tensors."""
-
-    @abstractmethod
-    def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
-        """Return the variables and the state after a step with the settings `now`."""
-
-
-def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
-    if not callable(setting):
-        return setting
-    wanted = [
-        p
-        for p in inspect.signature(setting).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
-    if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
-        value = value.reshape(())
-    if not isinstance(value, (int, float, dict)) and not (isinstance(value, Tensor) and value.dim() == 0):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise InvalidTypeError(
-            f"{label} returned a {type(value).__name__}{shape}, expected a number, a 0-d tensor, or a dict from the "
-            "names of `params` to those (for a schedule, index it: lambda h, step: h['lr'][step])"
-        )
-    return value
 
 
 def _times(setting: Any, v: Vector) -> Vector:
@@ -163,6 +64,15 @@ class SGD(Stepwise):
     weight_decay: Setting = 0.0
     nesterov: bool = False
 
+    def check(self) -> None:
+        """See `Stepwise.check`; the same conditions as torch.optim.SGD."""
+        check_number(self.dampening, "inner.SGD: `dampening`")
+        if self.nesterov and (_is_zero(self.momentum) or self.dampening != 0.0):
+            raise InvalidValueError(
+                f"inner.SGD: `nesterov` needs a `momentum` above 0 and no `dampening`, got momentum={self.momentum!r} "
+                f"and dampening={self.dampening!r}"
+            )
+
     def initial_state(self, lower: Vector) -> Vector:
         """Return zero momentum buffers; none without momentum."""
         return {} if _is_zero(self.momentum) else zeros_like(lower)
@@ -198,23 +108,43 @@ class Adam(Stepwise):
     eps: float = 1e-8
     weight_decay: Setting = 0.0
 
+    def check(self) -> None:
+        """See `Stepwise.check`."""
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise InvalidTypeError(f"inner.{type(self).__name__}: `betas` is {self.betas!r}, expected two numbers")
+        for beta in self.betas:
+            check_number(beta, f"inner.{type(self).__name__}: `betas` is {self.betas!r}; one", below=1.0)
+        check_number(self.eps, f"inner.{type(self).__name__}: `eps`")
+
     @classmethod
     def tunable(cls) -> tuple[str, ...]:
         """TorchOpt's moments take betas and eps as numbers."""
         return ("lr", "weight_decay")
 
-    def _transform(self) -> Any:
-        return torchopt.adam(lr=1.0, betas=self.betas, eps=self.eps, eps_root=UNDER_ROOT)
+    def _moments(self) -> Any:
+        return torchopt.transform.scale_by_adam(*self.betas, eps=self.eps, eps_root=UNDER_ROOT)
+
+    def _direction(self, gradient: Vector, state: Any, t: int) -> tuple[Vector, Any]:
+        """Return Adam's direction and the moments after this gradient.
+
+        TorchOpt's moments, our bias correction: its own is computed in float32, 1e-4 off in the first steps.
+        """
+        _, after = self._moments().update(gradient, state, inplace=False)
+        first, second = (1.0 - beta ** (t + 1) for beta in self.betas)
+        return {
+            name: (after.mu[name] / first) / (torch.sqrt(after.nu[name] / second + UNDER_ROOT) + self.eps)
+            for name in gradient
+        }, after
 
     def initial_state(self, lower: Vector) -> Any:
         """Return zero moments."""
-        return self._transform().init(lower)
+        return self._moments().init(lower)
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""
         g = _add_decay(gradient, lower, now["weight_decay"])
-        descent, state = self._transform().update(g, state, params=lower, inplace=False)
-        return axpy(1.0, _times(now["lr"], descent), lower), state
+        direction, state = self._direction(g, state, t)
+        return _descend(lower, direction, now["lr"]), state
 
 
 @dataclass(frozen=True)
@@ -231,11 +161,11 @@ class AdamW(Adam):
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""
-        descent, state = self._transform().update(gradient, state, params=lower, inplace=False)
+        direction, state = self._direction(gradient, state, t)
         shrunk = lower
         if not _is_zero(now["weight_decay"]):
             shrunk = _descend(lower, _times(now["weight_decay"], lower), now["lr"])
-        return axpy(1.0, _times(now["lr"], descent), shrunk), state
+        return _descend(shrunk, direction, now["lr"]), state
 
 
 @dataclass(frozen=True)
@@ -259,6 +189,11 @@ class RMSProp(Stepwise):
     weight_decay: Setting = 0.0
     momentum: Setting = 0.0
     centered: bool = False
+
+    def check(self) -> None:
+        """See `Stepwise.check`."""
+        check_number(self.alpha, "inner.RMSProp: `alpha`", below=1.0)
+        check_number(self.eps, "inner.RMSProp: `eps`")
 
     def _transform(self) -> Any:
         return torchopt.rmsprop(
