@@ -71,6 +71,8 @@ class Evaluator:
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
         start = self.problem.params.start
+        if given is None and (self.estimator.unrolls or self.lower is None):
+            self.problem.params.rewind()  # a run from the start, BatchNorm's statistics included
         if self.estimator.unrolls:
             # The loop itself is what is differentiated, so it begins where the user's begins.
             steps, status = response.unroll_steps(), "steps"

@@ -70,7 +70,7 @@ class BilevelProblem:
         _check_loss(inner_loss, "inner_loss", self.inner_batches.given)
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
-        self.inner_solver = _as_solver(inner_solver)
+        self.inner_solver = _as_solver(inner_solver, self.inner_batches.given)
         self._examined = False
 
     @property
@@ -118,15 +118,19 @@ def _check_loss(loss: Any, name: str, with_batch: bool) -> None:
         raise InvalidTypeError(
             f"`{name}` is a {type(loss).__name__}, expected a function ({', '.join(wanted)}) -> scalar Tensor"
         )
+    _check_arguments(loss, name, wanted, name.replace("loss", "data"))
+
+
+def _check_arguments(function: Any, name: str, wanted: list[str], data: str) -> None:
+    """Raise unless `function` can be called with as many arguments as are `wanted`."""
     try:
-        signature = inspect.signature(loss)
-    except ValueError:  # some builtins have none; they are found out at the first call
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # some builtins have none; they are found out at the first call
         return
     try:
         signature.bind(*wanted)
     except TypeError as error:
-        data = name.replace("loss", "data")
-        given = "is given" if with_batch else "is not given"
+        given = "is given" if len(wanted) == 3 else "is not given"
         raise InvalidTypeError(
             f"`{name}` takes {signature}, but is called with ({', '.join(wanted)}) because `{data}` {given}: {error}"
         ) from error
@@ -146,13 +150,17 @@ def _check_together(hparams: Variables, first: Tensor) -> None:
             )
 
 
-def _as_solver(solver: Any) -> InnerSolver:
+def _as_solver(solver: Any, with_data: bool) -> InnerSolver:
     if solver is None:
         return LBFGS()
-    if isinstance(solver, type) and hasattr(solver, "solve"):
+    if isinstance(solver, type):
+        name = solver.__name__ if hasattr(solver, "solve") else "SGD"
         raise InvalidTypeError(
-            f"`inner_solver` is the class {solver.__name__}, expected an object; write inner.{solver.__name__}(...)"
+            f"`inner_solver` is the class {solver.__name__}, expected an object or a function; write "
+            f"bilevel.inner.{name}(...)"
         )
     if hasattr(solver, "solve"):
         return solver  # type: ignore[no-any-return]
-    return Custom(solver)
+    custom = Custom(solver)
+    _check_arguments(solver, "inner_solver", ["params", "hparams", "data"][: 3 if with_data else 2], "inner_data")
+    return custom

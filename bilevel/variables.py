@@ -56,6 +56,9 @@ class Variables(ABC):
     def read(self, structure: Any, source: str) -> Vector:
         """Return the tensors of what a user's function returned; raise in the user's terms."""
 
+    def rewind(self) -> None:  # noqa: B027
+        """Put the buffers of a module back to where the user's are; training has moved them."""
+
     @abstractmethod
     def write_back(self, vector: Vector) -> None:
         """Copy `vector` into the user's own tensors, in place."""
@@ -84,6 +87,8 @@ def _check_like(tensor: Tensor, expected: Tensor, source: str) -> None:
         raise InvalidValueError(f"{source} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
     if tensor.dtype != expected.dtype:
         raise InvalidValueError(f"{source} is {tensor.dtype}, expected {expected.dtype}; write .to({expected.dtype})")
+    if tensor.layout != torch.strided:
+        raise InvalidTypeError(f"{source} is a {tensor.layout} tensor, expected a dense one; write .to_dense()")
     if tensor.device != expected.device:
         raise InvalidValueError(
             f"{source} is on {tensor.device}, expected {expected.device}; write .to('{expected.device}')"
@@ -144,6 +149,7 @@ class ModuleVariables(Variables):
                 "unfreeze some with .requires_grad_()"
             )
         self._module, self._slots = self._copy()
+        self._buffers_at_start = self._lend_buffers()
         self.start = _checked_start(trainable, self)
 
     def _copy(self, source: nn.Module | None = None) -> tuple[nn.Module, list[tuple[nn.Module, str, str]]]:
@@ -223,6 +229,11 @@ class ModuleVariables(Variables):
                 if name in trained:
                     buffer.copy_(trained[name])
         return vector
+
+    def rewind(self) -> None:
+        """See `Variables.rewind`."""
+        for module, attribute, buffer in self._buffers_at_start:
+            module._buffers[attribute] = buffer.clone()
 
     def write_back(self, vector: Vector) -> None:
         """See `Variables.write_back`; buffers are written too."""

@@ -46,7 +46,7 @@ problem = bilevel.BilevelProblem(
 def exact(strength: Tensor) -> Tensor:
     """Return dF/dλ = -w * H^-1 grad f, with w = H^-1 X^T y / n and H = X^T X / n + diag(λ)."""
     hessian = train[0].T @ train[0] / len(train[0]) + torch.diag(strength)
-    w = torch.linalg.solve(hessian, train[0].T @ train[1] / len(train[0]))
+    w: Tensor = torch.linalg.solve(hessian, train[0].T @ train[1] / len(train[0]))
     gradient = valid[0].T @ (valid[0] @ w - valid[1]) / len(valid[0])
     adjoint: Tensor = torch.linalg.solve(hessian, gradient)
     return -w * adjoint

@@ -52,7 +52,7 @@ def reference(
     kind: type[Any], settings: dict[str, Any], schedule: Callable[[int], dict[str, Any]] | None = None
 ) -> Params:
     """Run torch.optim itself; `schedule` sets options before each step."""
-    w = {name: nn.Parameter(t) for name, t in start().items()}
+    w: Params = {name: nn.Parameter(t) for name, t in start().items()}
     optimizer = kind(list(w.values()), **settings)
     for t in range(STEPS):
         if schedule is not None:
@@ -114,7 +114,7 @@ class TestUpdateRules:
         assert found.gradient["lr"].count_nonzero() == STEPS
 
     def test_one_rate_per_tensor(self, ours: type[Any], theirs: type[Any], settings: dict[str, Any]) -> None:
-        w = {name: nn.Parameter(t) for name, t in start().items()}
+        w: Params = {name: nn.Parameter(t) for name, t in start().items()}
         factors = {"weight": 1.0, "bias": 0.5, "scale": 0.1}
         groups = [{"params": [w[name]], "lr": settings["lr"] * f} for name, f in factors.items()]
         optimizer = theirs(groups, **settings)
@@ -201,12 +201,12 @@ def rows() -> tuple[Tensor, Tensor]:
     return x, x @ torch.tensor([1.0, -2.0], dtype=torch.float64) + 0.1
 
 
-def squares(w: Tensor, h: Tensor, batch: Any) -> Tensor:
+def squares(w: Tensor, h: Tensor, batch: tuple[Tensor, Tensor] | list[Tensor]) -> Tensor:
     return ((batch[0] @ w - batch[1]) ** 2).mean() + h * (w**2).sum()
 
 
 @pytest.mark.parametrize(("length", "passes"), [({"epochs": 2}, 2), ({"steps": 6}, 2), ({"steps": 3}, 1)])
-def test_minibatches_are_taken_in_order(length: dict[str, int], passes: int) -> None:
+def test_minibatches_are_taken_in_order(length: dict[str, Any], passes: int) -> None:
     loader = DataLoader(TensorDataset(*rows()), batch_size=4)
     w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.5)
