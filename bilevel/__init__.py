@@ -2,6 +2,7 @@
 
 from bilevel import inner
 from bilevel.certificate import Certificate, Cost, Hypergradient
+from bilevel.checkpoint import Checkpoint
 from bilevel.errors import (
     BilevelError,
     InvalidTypeError,
@@ -29,6 +30,7 @@ __all__ = [
     "BilevelError",
     "BilevelProblem",
     "Certificate",
+    "Checkpoint",
     "Cholesky",
     "Cost",
     "FixedPoint",

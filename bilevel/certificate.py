@@ -43,6 +43,11 @@ class Certificate:
         """True unless the verdict is "untrusted"."""
         return self.verdict != "untrusted"
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Certificate:
+        """Return the certificate that `dataclasses.asdict` made a dict of, also where tuples became lists."""
+        return cls(**{**fields, "reasons": tuple(fields["reasons"]), "notes": tuple(fields["notes"])})
+
     def __str__(self) -> str:
         figures = {
             "estimated relative error": self.error,

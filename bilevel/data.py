@@ -34,15 +34,19 @@ class Batches:
         self._random: dict[str, Any] | None = None
         self.given = data is not None
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            if len(data) == 0:  # type: ignore[arg-type]
+                raise InvalidValueError(f"`{role}` is empty: the {type(data).__name__} has no sample")
             data = default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
         if isinstance(data, (Tensor, dict, list, tuple)):
             self._batch = self._to_device(data, strict=True)
-        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)) and not _is_array(data):
+        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, type)) and not _is_array(data):
             self._stream = data
         elif self.given:
+            kind = f"the class {data.__name__}" if isinstance(data, type) else f"a {type(data).__name__}"
+            instead = "; write torch.from_numpy(array)" if _is_array(data) else ""
             raise InvalidTypeError(
-                f"`{role}` is a {type(data).__name__}, expected None, one batch (Tensors in a dict/list/tuple), "
-                "a Dataset, a DataLoader or an iterable of batches"
+                f"`{role}` is {kind}, expected None, one batch (Tensors in a dict/list/tuple), a Dataset, a DataLoader "
+                f"or an iterable of batches{instead}"
             )
         self.deterministic = self._stream is None
 
@@ -119,6 +123,8 @@ class Batches:
                 f"`{self._role}` holds a {kind}, expected Tensors (for an array: torch.from_numpy(array)); a list "
                 "of batches is read as one batch: give a DataLoader or another iterable instead"
             )
+        if strict and not any(leaf.numel() for leaf in leaves):
+            raise InvalidValueError(f"`{self._role}` is empty: its tensors hold no number")
         return optree.tree_map(
             lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, batch, none_is_leaf=True
         )

@@ -1,164 +1,19 @@
-"""The outer loop: evaluations and accepted steps, and the two ways to walk."""
+"""The two ways to walk: a torch optimizer, or SciPy's L-BFGS-B, over the unconstrained values."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
-from bilevel.certificate import Cost
-from bilevel.errors import InvalidTypeError, NonFiniteError
-from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
+from bilevel.checkpoint import Keeper
+from bilevel.errors import InvalidTypeError
 from bilevel.minimize import Array, lbfgs
-from bilevel.solution import Record, Solution, summarize
-from bilevel.vector import Vector, detach, flatten, is_finite, norm, unflatten
+from bilevel.run import Point, Run, Stop
+from bilevel.vector import detach, flatten, unflatten
 
 
-class Stop(BaseException):
-    """Ends a run from inside; `status` says why."""
-
-    def __init__(self, status: str) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-class Point:
-    """An evaluated point: unconstrained values, the gradient over them, and how it was evaluated."""
-
-    def __init__(self, free: Vector, natural: Vector, gradient: Vector, evaluation: Evaluation) -> None:
-        self.free, self.natural, self.gradient, self.evaluation = free, natural, gradient, evaluation
-
-
-class Run:
-    """One run of `solve`: evaluates points, accepts steps, keeps the history.
-
-    Attributes:
-        start: the record of the starting point; None before it was evaluated.
-        history: the records of the steps.
-        status: why the run ended.
-    """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        *,
-        steps: int,
-        tol: float,
-        on_untrusted: str,
-        callbacks: Sequence[Callable[[Record], Any]],
-    ) -> None:
-        self.evaluator, self.steps, self.tol = evaluator, steps, tol
-        self.callbacks = callbacks
-        self.start: Record | None = None
-        self.history: list[Record] = []
-        self.status = ""
-        self._on_untrusted = on_untrusted
-        self._accepted: Point | None = None
-        self._spent, self._inner_steps, self._solves = Cost(), 0, 0
-        self._clock = time.perf_counter()
-        hparams = evaluator.problem.hparams
-        self.free_start = hparams.free(hparams.layout.start)
-        self.low, self.high = hparams.bounds()
-
-    def evaluate(self, free: Vector) -> Point:
-        """Return the hypergradient at unconstrained values, chained to them; raise if untrusted and asked to."""
-        hparams = self.evaluator.problem.hparams
-        natural = detach(hparams.natural(free))
-        try:
-            evaluation = self.evaluator(natural)
-        except NonFiniteError as error:
-            raise self._located(error) from error
-        found = evaluation.hypergradient
-        gradient = hparams.chain(free, found.gradient)
-        if not is_finite(gradient):
-            raise self._located(NonFiniteError("the hypergradient is not finite", "hypergradient"))
-        self._spent += found.cost
-        self._inner_steps += evaluation.inner_steps
-        self._solves += 1
-        if self._on_untrusted == "raise":
-            report_untrusted(found, "raise", stacklevel=1)
-        return Point(detach(free), natural, gradient, evaluation)
-
-    def _located(self, error: NonFiniteError) -> NonFiniteError:
-        step = 0 if self.start is None else len(self.history) + 1
-        return NonFiniteError(f"outer step {step}: {error}", error.quantity, step)
-
-    def accept(self, point: Point) -> None:
-        """Record the point that a step led to (the starting point first); raise `Stop` when it is time."""
-        self._accepted = point
-        size = self._projected_norm(point)
-        record = self._record(point, size)
-        if self.start is None:
-            self.start = record
-            self.evaluator.gradient_floor = self.tol * float(norm(point.evaluation.hypergradient.gradient))
-        else:
-            self.history.append(record)
-            for callback in self.callbacks:
-                callback(record)
-        limit = self.tol * self.start.hypergradient_norm
-        if size <= limit:
-            raise Stop(
-                f"converged: the projected hypergradient norm {size:.1e} is at most tol={self.tol:g} times the first"
-            )
-        if len(self.history) == self.steps:
-            raise Stop(f"steps: all {self.steps} outer steps were taken")
-
-    def _projected_norm(self, point: Point) -> float:
-        projected = {}
-        for name, g in point.gradient.items():
-            x, low, high = point.free[name], self.low[name], self.high[name]
-            held = ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
-            projected[name] = torch.where(held, torch.zeros_like(g), g)
-        return float(norm(projected))
-
-    def _record(self, point: Point, hypergradient_norm: float) -> Record:
-        now = time.perf_counter()
-        evaluation, certificate = point.evaluation, point.evaluation.hypergradient.certificate
-        record = Record(
-            step=0 if self.start is None else len(self.history) + 1,
-            outer_loss=evaluation.hypergradient.outer_loss,
-            inner_loss=evaluation.inner_loss,
-            hypergradient_norm=hypergradient_norm,
-            inner_residual=certificate.inner_residual,
-            adjoint_residual=certificate.adjoint_residual,
-            error=certificate.error,
-            verdict=certificate.verdict,
-            inner_steps=self._inner_steps,
-            inner_solves=self._solves,
-            gradients=self._spent.gradients,
-            products=self._spent.products,
-            seconds=now - self._clock,
-            hparams={name: summarize(t) for name, t in point.natural.items()},
-            sizes={name: t.numel() for name, t in point.natural.items()},
-        )
-        self._spent, self._inner_steps, self._solves, self._clock = Cost(), 0, 0, now
-        return record
-
-    def solution(self, status: str) -> Solution:
-        """Return the last accepted point as a solution."""
-        point, problem = self._accepted, self.evaluator.problem
-        assert point is not None and self.start is not None
-        lower, natural = point.evaluation.hypergradient.params, point.natural
-
-        def write_back() -> None:
-            problem.params.write_back(lower)
-            problem.hparams.write_back(natural)
-
-        return Solution(
-            hparams=problem.hparams.layout.export(natural),
-            params=problem.params.export(lower),
-            outer_loss=point.evaluation.hypergradient.outer_loss,
-            history=self.history,
-            status=status,
-            certificate=point.evaluation.hypergradient.certificate,
-            start=self.start,
-            _write_back=write_back,
-        )
-
-
-def descend(run: Run, factory: Callable[..., torch.optim.Optimizer]) -> None:
+def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimizer]) -> None:
     """Walk with a torch optimizer over the unconstrained values until `Stop`."""
     free = {name: torch.nn.Parameter(t.clone()) for name, t in run.free_start.items()}
     optimizer = factory(list(free.values()))
@@ -167,6 +22,12 @@ def descend(run: Run, factory: Callable[..., torch.optim.Optimizer]) -> None:
             f"`outer_optimizer` returned a {type(optimizer).__name__}, expected a torch.optim optimizer of the tensors "
             "it was given; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
         )
+    saved = keeper.resume(run)
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        with torch.no_grad():
+            for name, t in free.items():
+                t.copy_(saved["free"][name])
     while True:
         point = run.evaluate({name: t.detach().clone() for name, t in free.items()})
         run.accept(point)
@@ -176,26 +37,43 @@ def descend(run: Run, factory: Callable[..., torch.optim.Optimizer]) -> None:
         with torch.no_grad():
             for name, t in free.items():
                 t.clamp_(run.low[name], run.high[name])
+        keeper.after_step(run, {"free": detach(dict(free)), "optimizer": optimizer.state_dict()})
 
 
-def descend_lbfgs(run: Run) -> None:
-    """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end."""
+def descend_lbfgs(run: Run, keeper: Keeper) -> None:
+    """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end.
+
+    SciPy keeps the state of its search to itself. A resumed run therefore replays the values and gradients of the steps
+    that were taken, which costs no evaluation and leads SciPy to the same state, bit for bit.
+    """
     like = run.free_start
     device = next(iter(like.values())).device
     evaluated: dict[bytes, Point] = {}
+    saved = keeper.resume(run)
+    seen: list[tuple[float, torch.Tensor]] = [] if saved is None else list(saved["seen"])
+    replay = iter(list(seen))
+    skip = len(run.history)
 
     def function(x: Array) -> tuple[float, Array]:
+        for value, gradient in replay:
+            return value, gradient.numpy().copy()
         point = run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
         if run.start is None:
             run.accept(point)
         evaluated[x.tobytes()] = point
-        return point.evaluation.hypergradient.outer_loss, flatten(point.gradient).double().cpu().numpy()
+        seen.append((point.evaluation.hypergradient.outer_loss, flatten(point.gradient).double().cpu()))
+        return seen[-1][0], seen[-1][1].numpy().copy()
 
     def after_step(x: Array) -> None:
+        nonlocal skip
+        if skip:
+            skip -= 1
+            return
         point = evaluated[x.tobytes()]
         evaluated.clear()  # one line search at a time, from the accepted point
         evaluated[x.tobytes()] = point
         run.accept(point)
+        keeper.after_step(run, {"seen": list(seen)})
 
     start, low, high = (flatten(v).double().cpu().numpy() for v in (like, run.low, run.high))
     lbfgs(function, start, max_steps=run.steps, bounds=(low, high), after_step=after_step)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.variables import Variables, variables
+from bilevel.layout import Variables
+from bilevel.variables import variables
 from bilevel.vector import Vector, detach, leaves
 
 Shape = tuple[int, ...] | int
@@ -35,18 +36,38 @@ class Hyperparameter(ABC):
     """
 
     def __init__(self, value: float | Tensor, shape: Shape) -> None:
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = self._size(shape)
         if isinstance(value, Tensor):
             if size not in ((), tuple(value.shape)):
-                raise InvalidValueError(f"the value has shape {tuple(value.shape)}, but `shape` says {size}")
+                raise InvalidValueError(
+                    f"{self.maker}: the value has shape {tuple(value.shape)}, but `shape` says {size}; leave it out"
+                )
+            if not value.is_floating_point():
+                raise InvalidTypeError(f"{self.maker}: the value is {value.dtype}; write .float() or .double()")
             self.value = value.detach().clone()
             self.follows_params = False
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             self.value = torch.full(size, float(value), dtype=torch.float64)
             self.follows_params = True
         else:
-            raise InvalidTypeError(f"the value is a {type(value).__name__}, expected a number or a Tensor")
+            raise InvalidTypeError(
+                f"{self.maker}: the value is a {type(value).__name__}, expected a number or a Tensor; for several "
+                "values write torch.tensor([...])"
+            )
         self._check()
+
+    @property
+    def maker(self) -> str:
+        """The function that makes it, as messages call it."""
+        return f"{type(self).__name__.lower()}()"
+
+    def _size(self, shape: Shape) -> tuple[int, ...]:
+        sizes = shape if isinstance(shape, (tuple, list)) else (shape,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+            raise InvalidValueError(
+                f"{self.maker}: `shape` is {shape!r}, expected a whole number of at least 1 or a tuple of those"
+            )
+        return tuple(sizes)
 
     def tensor(self, like: Tensor) -> Tensor:
         """Return the natural start value; a plain number takes the dtype and device of `like`."""
@@ -101,11 +122,12 @@ class Positive(Hyperparameter):
     def _check(self) -> None:
         if not bool(((self.value > 0) & torch.isfinite(self.value)).all()):
             raise InvalidValueError(f"positive() needs finite values above 0, got {self.value.min().item():.4g}")
-        low, high = self.low or 0.0, math.inf if self.high is None else self.high
-        if not (low >= 0.0 and bool(((self.value >= low) & (self.value <= high)).all())):
+        low, high = 0.0 if self.low is None else self.low, math.inf if self.high is None else self.high
+        numbers = _is_number(low) and _is_number(high)
+        if not (numbers and 0.0 <= low < high and bool(((self.value >= low) & (self.value <= high)).all())):
             raise InvalidValueError(
-                f"positive() needs 0 <= low <= value <= high, got low={self.low}, high={self.high} and values from "
-                f"{self.value.min().item():.4g} to {self.value.max().item():.4g}"
+                f"positive() needs 0 <= low <= value <= high and low < high, got low={self.low!r}, high={self.high!r} "
+                f"and values from {self.value.min().item():.4g} to {self.value.max().item():.4g}"
             )
 
     def natural(self, free: Tensor) -> Tensor:
@@ -127,8 +149,12 @@ class Interval(Hyperparameter):
     """A number strictly between two ends, optimized by its logit."""
 
     def __init__(self, value: float | Tensor, low: float, high: float, shape: Shape) -> None:
-        if not low < high:
-            raise InvalidValueError(f"interval() needs low < high, got low={low}, high={high}")
+        ends = _is_number(low) and _is_number(high) and math.isfinite(low) and math.isfinite(high)
+        if not (ends and low < high):
+            raise InvalidValueError(
+                f"interval() needs finite numbers low < high, got low={low!r}, high={high!r}; for one end write "
+                "bilevel.positive, for none bilevel.real"
+            )
         self.low, self.high = float(low), float(high)
         super().__init__(value, shape)
 
@@ -217,6 +243,10 @@ def simplex(weights: int | Tensor) -> Hyperparameter:
         if weights < 2:
             raise InvalidValueError(f"simplex() needs at least 2 weights, got {weights}")
         return Simplex(1.0 / weights, weights)
+    if not isinstance(weights, Tensor):
+        raise InvalidTypeError(
+            f"simplex(): the weights are a {type(weights).__name__}, expected how many (a whole number) or a Tensor"
+        )
     return Simplex(weights, ())
 
 
@@ -279,6 +309,10 @@ class Hyperparameters:
         self.layout.write_back(natural)
         for name, kind in self.kinds.items():
             kind.value.copy_(natural[name])
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _tensor_of(leaf: Any, like: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from bilevel.certificate import Hypergradient
-from bilevel.descent import Run, Stop, descend, descend_lbfgs
+from bilevel.checkpoint import Checkpoint, Keeper
+from bilevel.descent import descend, descend_lbfgs
 from bilevel.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -28,6 +30,7 @@ from bilevel.evaluation import (
     report_untrusted,
 )
 from bilevel.problem import BilevelProblem
+from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
 from bilevel.solvers import Estimator, estimator
 
@@ -86,6 +89,7 @@ def solve(
     progress: bool | None = None,
     callbacks: Sequence[Callable[[Record], Any]] = (),
     on_untrusted: str = "warn",
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Solution:
     """Minimize the outer loss over the hyperparameters by hypergradients.
 
@@ -101,6 +105,8 @@ def solve(
         progress: a progress bar on stderr; None: where that is a terminal.
         callbacks: each is called after every step with that step's `Record`.
         on_untrusted: what to do about a hypergradient that cannot be trusted: "warn" (once a run), "raise" or "ignore".
+        checkpoint: a path (or a `bilevel.Checkpoint` with how often). The run writes its state there as it goes; a call
+            that finds the file goes on from it and ends exactly as an uninterrupted run does.
 
     Returns:
         The `Solution`, also after Ctrl-C.
@@ -113,30 +119,29 @@ def solve(
     check_on_untrusted(on_untrusted)
     _check_run(steps, tol, callbacks)
     optimizer = _outer_optimizer(outer_optimizer, problem)
+    place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = next(iter(problem.hparams.layout.start.values())).dtype
-    run = Run(
-        Evaluator(problem, estimator(method)),
-        steps=100 if steps is None else steps,
-        tol=tol if tol is not None else (1e-6 if dtype == torch.float64 else 1e-4),
-        on_untrusted=on_untrusted,
-        callbacks=callbacks,
-    )
+    steps = 100 if steps is None else steps
+    tol = tol if tol is not None else (1e-6 if dtype == torch.float64 else 1e-4)
     shown = sys.stderr.isatty() if progress is None else progress
-    with own_randomness(problem, seed), tqdm(total=run.steps, disable=not shown, unit="step") as bar:
-        run.callbacks = [*callbacks, lambda record: _show(bar, record)]
-        status = _walk(run, optimizer)
+    with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
+        report = [*callbacks, lambda record: _show(bar, record)]
+        run = Run(
+            Evaluator(problem, estimator(method)), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report
+        )
+        status = _walk(run, Keeper(place, _label(optimizer)), optimizer)
     solution = run.solution(status)
     _report_run(solution, on_untrusted)
     return solution
 
 
-def _walk(run: Run, optimizer: Any) -> str:
+def _walk(run: Run, keeper: Keeper, optimizer: Any) -> str:
     """Run to the end and return why it is the end; errors carry the run so far."""
     try:
         if optimizer == "lbfgs":
-            descend_lbfgs(run)
+            descend_lbfgs(run, keeper)
         else:
-            descend(run, optimizer)
+            descend(run, keeper, optimizer)
     except Stop as stop:
         return stop.status
     except KeyboardInterrupt:
@@ -147,6 +152,11 @@ def _walk(run: Run, optimizer: Any) -> str:
         error.solution = None if run.start is None else run.solution(f"stopped: {error}")
         raise
     raise AssertionError("a descent ends by Stop")
+
+
+def _label(optimizer: Any) -> str:
+    """Tell the two kinds of walk apart in a checkpoint."""
+    return "lbfgs" if optimizer == "lbfgs" else "torch optimizer"
 
 
 def _report_run(solution: Solution, on_untrusted: str) -> None:

@@ -15,8 +15,9 @@ from bilevel.data import Batches
 from bilevel.errors import InvalidTypeError, InvalidValueError, NotTwiceDifferentiableError
 from bilevel.hyperparameters import Hyperparameters
 from bilevel.inner import LBFGS, Custom, InnerSolver
+from bilevel.layout import Variables
 from bilevel.twice import custom_functions
-from bilevel.variables import Variables, variables
+from bilevel.variables import variables
 
 
 class BilevelProblem:

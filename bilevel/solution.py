@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate
 from bilevel.errors import InvalidValueError
+from bilevel.files import read, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,6 +149,7 @@ class Solution:
         Modules are saved as dicts from names to tensors.
         """
         data = {
+            "kind": "solution",
             "format": FORMAT,
             "hparams": _plain(self.hparams),
             "params": _plain(self.params),
@@ -158,9 +159,7 @@ class Solution:
             "certificate": asdict(self.certificate),
             "start": asdict(self.start),
         }
-        temporary = f"{os.fspath(path)}.part"
-        torch.save(data, temporary)
-        os.replace(temporary, path)
+        write(data, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Solution:
@@ -169,22 +168,21 @@ class Solution:
         Raises:
             BilevelError: the file is no saved solution, or cut short.
         """
-        try:
-            data = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise InvalidValueError(f"{os.fspath(path)} is no file that Solution.save wrote: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = read(path)
+        if data.get("kind") != "solution" or data.get("format") != FORMAT:
             raise InvalidValueError(f"{os.fspath(path)} is no file that Solution.save wrote")
-        certificate = Certificate(**data["certificate"])
-        return Solution(
-            data["hparams"],
-            data["params"],
-            data["outer_loss"],
-            [Record(**record) for record in data["history"]],
-            data["status"],
-            certificate,
-            Record(**data["start"]),
-        )
+        try:
+            return Solution(
+                data["hparams"],
+                data["params"],
+                data["outer_loss"],
+                [Record(**record) for record in data["history"]],
+                data["status"],
+                Certificate.from_dict(data["certificate"]),
+                Record(**data["start"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise InvalidValueError(f"{os.fspath(path)} was damaged after Solution.save wrote it: {error}") from error
 
 
 def _shown(values: list[float], count: int) -> str:

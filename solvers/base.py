@@ -21,7 +21,8 @@ from bilevel.operators import LinearOperator
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
 
 State = Any
-"""What an estimator keeps from one hypergradient to the next: a warm start, a sketch, averages."""
+"""What an estimator keeps from one hypergradient to the next: a warm start, a sketch, averages. Plain values (numbers,
+strings, tensors, dicts and lists of them), because it is saved in checkpoints."""
 
 
 class Response(Protocol):

@@ -10,7 +10,7 @@ the optimizer that found it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError
@@ -68,7 +68,7 @@ class Implicit:
         system = Linearization(response, lower, upper)
         solver = self.linear_solver or _pick(system.operator)
         warm: Adjoint | None = state
-        solution = solver.solve(system.operator, outer.lower, start=None if warm is None else warm.value)
+        solution = solver.solve(system.operator, outer.lower, start=None if warm is None else warm["value"])
         notes: tuple[str, ...] = ()
         if solution.status == "nonpositive curvature" and not isinstance(solver, (Cholesky, MINRES)):
             notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",)
@@ -76,7 +76,8 @@ class Implicit:
         through = negative(system.pull_back(solution.value))
         gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
         adjoint = _adjoint(system.operator, solution, warm)
-        certificate = _certify(response, system, solution, adjoint.curvature, lower, upper, gradient, solver.truncates)
+        curvature = adjoint["curvature"]
+        certificate = _certify(response, system, solution, curvature, lower, upper, gradient, solver.truncates)
         return Hypergradient(gradient, outer.loss, lower, replace(certificate, notes=notes), response.cost), adjoint
 
 
@@ -86,8 +87,7 @@ _UNSEEN = (
 )
 
 
-@dataclass(frozen=True)
-class Adjoint:
+class Adjoint(TypedDict):
     """What the next hypergradient starts from: the adjoint, and the curvature measured in so many steps."""
 
     value: Vector
@@ -107,11 +107,15 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
     A warm start needs few steps and so sees little of the curvature, or none.
     """
     seen = solution.curvature
-    if warm is not None and (seen is None or solution.steps < warm.steps):
-        return Adjoint(solution.value, warm.curvature if seen is None else min(seen, warm.curvature), warm.steps)
+    if warm is not None and (seen is None or solution.steps < warm["steps"]):
+        return Adjoint(
+            value=solution.value,
+            curvature=warm["curvature"] if seen is None else min(seen, warm["curvature"]),
+            steps=warm["steps"],
+        )
     if seen is None:
         seen, _ = extreme_eigenvalues(operator)
-    return Adjoint(solution.value, seen, solution.steps)
+    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps)
 
 
 def _certify(

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bilevel.layout import Variables
 from bilevel.solvers.base import Response
-from bilevel.variables import Variables
 from bilevel.vector import Vector
 
 

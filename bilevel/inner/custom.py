@@ -10,7 +10,7 @@ import torch
 
 from bilevel.errors import InvalidTypeError, NonFiniteError
 from bilevel.inner.base import InnerSolution, Task
-from bilevel.variables import ModuleVariables
+from bilevel.modules import ModuleVariables
 from bilevel.vector import Vector, detach, is_finite
 
 

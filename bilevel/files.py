@@ -1,0 +1,46 @@
+"""Files of plain values and tensors.
+
+They are read with `weights_only=True`, so nothing in them is ever executed, and written beside their name and moved
+there, so that a kill in the middle leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from typing import Any
+
+import torch
+
+from bilevel.errors import InvalidValueError
+
+
+def write(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write plain values and tensors to a file, all of it or nothing."""
+    temporary = f"{os.fspath(path)}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file that `write` wrote; nothing in it is executed."""
+    try:
+        data = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidValueError(
+            f"{os.fspath(path)} is cut short, or no file of bilevel's; nothing in it was executed and it is left as it "
+            f"is: {reason}"
+        ) from error
+    if not isinstance(data, dict):
+        raise InvalidValueError(f"{os.fspath(path)} is no file of bilevel's; it is left as it is")
+    return data

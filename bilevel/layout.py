@@ -1,0 +1,122 @@
+"""The layout of one side of a problem: what every door between the user's structures and named tensors offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.vector import Vector, is_finite
+
+
+class Variables(ABC):
+    """The layout of one side of a problem: where each named tensor sits in the user's structure.
+
+    Attributes:
+        role: the argument's name in messages, "params" or "hparams".
+        start: the user's values, copied; `Vector`.
+        start_buffers: the buffers (BatchNorm statistics) that came with them; empty without a module.
+    """
+
+    role: str
+    start: Vector
+    start_buffers: Vector
+
+    @abstractmethod
+    @contextmanager
+    def bound(self, vector: Vector, *, keep_buffers: bool = False) -> Iterator[Any]:
+        """Lend the user's structure with the tensors of `vector` in it (no copy, graphs intact).
+
+        Args:
+            vector: the current tensors.
+            keep_buffers: let buffers (BatchNorm statistics) move, as they do in training; else what
+                moves is undone at the end.
+        """
+        yield
+
+    @abstractmethod
+    def export(self, vector: Vector) -> Any:
+        """Return a structure of the user's own kind that holds copies of `vector`."""
+
+    @abstractmethod
+    def shaped(self, vector: Vector) -> Any:
+        """Return the tensors of `vector` in the user's structure; a dict by parameter names for a module."""
+
+    @abstractmethod
+    def read(self, structure: Any, source: str) -> Vector:
+        """Return the tensors of what a user's function returned; raise in the user's terms."""
+
+    def rewind(self) -> None:
+        """Put the buffers back to where they were at the start; training has moved them."""
+        self.set_buffers(self.start_buffers)
+
+    @abstractmethod
+    def write_back(self, vector: Vector) -> None:
+        """Copy `vector` into the user's own tensors, in place."""
+
+    @abstractmethod
+    def buffers(self) -> Vector:
+        """Return copies of the buffers that training moves (BatchNorm statistics); none without a module."""
+
+    @abstractmethod
+    def set_buffers(self, buffers: Vector) -> None:
+        """Set what `buffers` returned."""
+
+    def label(self, name: str) -> str:
+        """Return how messages call a tensor: `params['layer.weight']`, or `params` if it is alone."""
+        return self.role if name == self.role else f"{self.role}['{name}']"
+
+    def check(self, vector: Vector, source: str) -> Vector:
+        """Raise unless `vector` has the names, shapes, dtypes and devices of `start`."""
+        missing = [name for name in self.start if name not in vector]
+        extra = [name for name in vector if name not in self.start]
+        if missing or extra:
+            told = [f"missing: {missing}"] * bool(missing) + [f"not expected: {extra}"] * bool(extra)
+            raise InvalidValueError(
+                f"{source} has {len(vector)} tensors for the {len(self.start)} of `{self.role}` "
+                f"({'; '.join(told)}); give the structure that `{self.role}` has"
+            )
+        for name, expected in self.start.items():
+            _check_like(vector[name], expected, f"{source}: {self.label(name)}")
+        return {name: vector[name] for name in self.start}
+
+
+def _check_like(tensor: Tensor, expected: Tensor, source: str) -> None:
+    if tensor.shape != expected.shape:
+        raise InvalidValueError(f"{source} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if tensor.dtype != expected.dtype:
+        raise InvalidValueError(f"{source} is {tensor.dtype}, expected {expected.dtype}; write .to({expected.dtype})")
+    if tensor.layout != torch.strided:
+        raise InvalidTypeError(f"{source} is a {tensor.layout} tensor, expected a dense one; write .to_dense()")
+    if tensor.device != expected.device:
+        raise InvalidValueError(
+            f"{source} is on {tensor.device}, expected {expected.device}; write .to('{expected.device}')"
+        )
+
+
+def checked_start(tensors: Vector, variables: Variables) -> Vector:
+    """Copy the start values after checking that they can be optimized together."""
+    if not tensors or not sum(t.numel() for t in tensors.values()):
+        raise InvalidValueError(f"`{variables.role}` holds no number; give at least one non-empty Tensor")
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        label = variables.label(name)
+        if not tensor.is_floating_point():
+            raise InvalidTypeError(f"{label} is {tensor.dtype}, which has no gradient; write .float() or .double()")
+        if tensor.layout != torch.strided:
+            raise InvalidTypeError(f"{label} is a {tensor.layout} tensor; write .to_dense()")
+        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            raise InvalidValueError(
+                f"{label} is {tensor.dtype} on {tensor.device} while {variables.label(first_name)} is "
+                f"{first.dtype} on {first.device}; give all of `{variables.role}` one dtype and one device"
+            )
+    start = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for name, tensor in start.items():
+        if not is_finite({name: tensor}):
+            raise NonFiniteError(f"{variables.label(name)} holds NaN or infinity at the start", variables.role)
+    return start

@@ -1,0 +1,149 @@
+"""The door for an `nn.Module`: its trainable parameters as named tensors, and other tensors in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.layout import Variables, checked_start
+from bilevel.vector import Vector
+
+
+class ModuleVariables(Variables):
+    """The trainable parameters of an `nn.Module`; buffers and frozen parameters come along.
+
+    The library works on a copy of the module whose parameters are swapped for the current tensors,
+    so that `params(x)`, `params.layer.weight` and `params.named_parameters()` all see them. Tied
+    parameters stay tied. Frozen parameters (`requires_grad=False`) are shared with the user's module
+    and never written. A `torch.compile`d module is replaced by its original in the copy.
+    """
+
+    def __init__(self, module: nn.Module, role: str) -> None:
+        self.role = role
+        self._original = module
+        trainable: Vector = {name: p for name, p in _named_parameters(module).items() if p.requires_grad}
+        if not trainable:
+            raise InvalidValueError(
+                f"`{role}` is a {type(module).__name__} without a parameter that requires a gradient; "
+                "unfreeze some with .requires_grad_()"
+            )
+        self._module, self._slots = self._copy()
+        self.start_buffers = self.buffers()
+        self.start = checked_start(trainable, self)
+
+    def _copy(self, source: nn.Module | None = None) -> tuple[nn.Module, list[tuple[nn.Module, str, str]]]:
+        """Copy a module (the user's by default) and list where each trainable tensor sits in it."""
+        module = self._original if source is None else source
+        names = {id(p): name for name, p in _named_parameters(module).items() if p.requires_grad}
+        shared: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
+        try:
+            copied = copy.deepcopy(module, shared)
+        except RuntimeError as error:
+            raise InvalidValueError(
+                f"`{self.role}` ({type(module).__name__}) cannot be copied: {error}; keep no tensor with a "
+                "graph as an attribute of the module"
+            ) from error
+        slots = [
+            (inside, attribute, names[id(p)])
+            for owner, inside in zip(module.modules(), copied.modules(), strict=True)
+            for attribute, p in owner._parameters.items()
+            if p is not None and id(p) in names
+        ]
+        _uncompile(copied)
+        return getattr(copied, "_orig_mod", copied), slots
+
+    @contextmanager
+    def bound(self, vector: Vector, *, keep_buffers: bool = False) -> Iterator[Any]:
+        """See `Variables.bound`. Training flags are restored at the end."""
+        at_rest = [owner._parameters[attribute] for owner, attribute, _ in self._slots]
+        flags = [(module, module.training) for module in self._module.modules()]
+        buffers = [] if keep_buffers else self._lend_buffers()
+        for owner, attribute, name in self._slots:
+            owner._parameters[attribute] = vector[name]  # type: ignore[assignment]
+        try:
+            yield self._module
+        finally:
+            for (owner, attribute, _), parameter in zip(self._slots, at_rest, strict=True):
+                owner._parameters[attribute] = parameter
+            for module, training in flags:
+                module.training = training
+            for module, attribute, buffer in buffers:
+                module._buffers[attribute] = buffer
+
+    def buffers(self) -> Vector:
+        """See `Variables.buffers`."""
+        return {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+
+    def set_buffers(self, buffers: Vector) -> None:
+        """See `Variables.buffers`."""
+        for name, buffer in self._module.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def _lend_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Put clones in place of the buffers and return the originals with their places.
+
+        Rebinding, not copying back: a graph may have saved the clone.
+        """
+        lent = []
+        for module in self._module.modules():
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None:
+                    lent.append((module, attribute, buffer))
+                    module._buffers[attribute] = buffer.clone()
+        return lent
+
+    def export(self, vector: Vector) -> nn.Module:
+        """Return a new module with copies of `vector` as parameters and the current buffers."""
+        with self.bound({name: nn.Parameter(t.detach().clone()) for name, t in vector.items()}) as module:
+            return self._copy(module)[0]
+
+    def shaped(self, vector: Vector) -> Any:
+        """See `Variables.shaped`."""
+        return dict(vector)
+
+    def read(self, structure: Any, source: str) -> Vector:
+        """Read a module of the same parameters, and take over its buffers."""
+        if not isinstance(structure, nn.Module):
+            raise InvalidTypeError(
+                f"{source} is a {type(structure).__name__}, expected the {type(self._original).__name__} "
+                "that came in (trained in place), or nothing"
+            )
+        found = _named_parameters(structure)
+        tensors = {name: found[name] for name in self.start if name in found}
+        vector = self.check({name: t.detach().clone() for name, t in tensors.items()}, source)
+        trained = dict(structure.named_buffers())
+        with torch.no_grad():
+            for name, buffer in self._module.named_buffers():
+                if name in trained:
+                    buffer.copy_(trained[name])
+        return vector
+
+    def write_back(self, vector: Vector) -> None:
+        """See `Variables.write_back`; buffers are written too."""
+        parameters = _named_parameters(self._original)
+        buffers = dict(self._original.named_buffers())
+        with torch.no_grad():
+            for name, tensor in vector.items():
+                parameters[name].copy_(tensor)
+            for name, buffer in self._module.named_buffers():
+                buffers[name].copy_(buffer)
+
+
+def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by the names that they have in the uncompiled module."""
+    return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
+
+
+def _uncompile(module: nn.Module) -> None:
+    """Put the original in place of every compiled submodule: a compiled one has no second derivative."""
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            original = getattr(child, "_orig_mod", None)
+            if isinstance(original, nn.Module) and name != "_orig_mod":
+                parent._modules[name] = original

@@ -1,0 +1,216 @@
+"""One run of `solve`: evaluated points, accepted steps, the history, and all that a later call needs to go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import optree
+import torch
+
+from bilevel.certificate import Certificate, Cost, Hypergradient
+from bilevel.errors import NonFiniteError
+from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
+from bilevel.randomness import get_random, set_random
+from bilevel.solution import Record, Solution, summarize
+from bilevel.vector import Vector, detach, is_finite, norm
+
+
+class Stop(BaseException):
+    """Ends a run from inside; `status` says why."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Point:
+    """An evaluated point: unconstrained values, the gradient over them, and how it was evaluated."""
+
+    def __init__(self, free: Vector, natural: Vector, gradient: Vector, evaluation: Evaluation) -> None:
+        self.free, self.natural, self.gradient, self.evaluation = free, natural, gradient, evaluation
+
+
+class Run:
+    """One run of `solve`: evaluates points, accepts steps, keeps the history.
+
+    Attributes:
+        start: the record of the starting point; None before it was evaluated.
+        history: the records of the steps.
+        status: why the run ended.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        *,
+        steps: int,
+        tol: float,
+        on_untrusted: str,
+        callbacks: Sequence[Callable[[Record], Any]],
+    ) -> None:
+        self.evaluator, self.steps, self.tol = evaluator, steps, tol
+        self.callbacks = callbacks
+        self.start: Record | None = None
+        self.history: list[Record] = []
+        self.status = ""
+        self._on_untrusted = on_untrusted
+        self._accepted: Point | None = None
+        self._spent, self._inner_steps, self._solves = Cost(), 0, 0
+        self._clock = time.perf_counter()
+        hparams = evaluator.problem.hparams
+        self.free_start = hparams.free(hparams.layout.start)
+        self.low, self.high = hparams.bounds()
+
+    def evaluate(self, free: Vector) -> Point:
+        """Return the hypergradient at unconstrained values, chained to them; raise if untrusted and asked to."""
+        hparams = self.evaluator.problem.hparams
+        natural = detach(hparams.natural(free))
+        try:
+            evaluation = self.evaluator(natural)
+        except NonFiniteError as error:
+            raise self._located(error) from error
+        found = evaluation.hypergradient
+        gradient = hparams.chain(free, found.gradient)
+        if not is_finite(gradient):
+            raise self._located(NonFiniteError("the hypergradient is not finite", "hypergradient"))
+        self._spent += found.cost
+        self._inner_steps += evaluation.inner_steps
+        self._solves += 1
+        if self._on_untrusted == "raise":
+            report_untrusted(found, "raise", stacklevel=1)
+        return Point(detach(free), natural, gradient, evaluation)
+
+    def _located(self, error: NonFiniteError) -> NonFiniteError:
+        step = 0 if self.start is None else len(self.history) + 1
+        return NonFiniteError(f"outer step {step}: {error}", error.quantity, step)
+
+    def accept(self, point: Point) -> None:
+        """Record the point that a step led to (the starting point first); raise `Stop` when it is time."""
+        self._accepted = point
+        size = self._projected_norm(point)
+        record = self._record(point, size)
+        if self.start is None:
+            self.start = record
+            self.evaluator.gradient_floor = self.tol * float(norm(point.evaluation.hypergradient.gradient))
+        else:
+            self.history.append(record)
+            for callback in self.callbacks:
+                callback(record)
+        limit = self.tol * self.start.hypergradient_norm
+        if size <= limit:
+            raise Stop(
+                f"converged: the projected hypergradient norm {size:.1e} is at most tol={self.tol:g} times the first"
+            )
+        if len(self.history) == self.steps:
+            raise Stop(f"steps: all {self.steps} outer steps were taken")
+
+    def _projected_norm(self, point: Point) -> float:
+        projected = {}
+        for name, g in point.gradient.items():
+            x, low, high = point.free[name], self.low[name], self.high[name]
+            held = ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
+            projected[name] = torch.where(held, torch.zeros_like(g), g)
+        return float(norm(projected))
+
+    def _record(self, point: Point, hypergradient_norm: float) -> Record:
+        now = time.perf_counter()
+        evaluation, certificate = point.evaluation, point.evaluation.hypergradient.certificate
+        record = Record(
+            step=0 if self.start is None else len(self.history) + 1,
+            outer_loss=evaluation.hypergradient.outer_loss,
+            inner_loss=evaluation.inner_loss,
+            hypergradient_norm=hypergradient_norm,
+            inner_residual=certificate.inner_residual,
+            adjoint_residual=certificate.adjoint_residual,
+            error=certificate.error,
+            verdict=certificate.verdict,
+            inner_steps=self._inner_steps,
+            inner_solves=self._solves,
+            gradients=self._spent.gradients,
+            products=self._spent.products,
+            seconds=now - self._clock,
+            hparams={name: summarize(t) for name, t in point.natural.items()},
+            sizes={name: t.numel() for name, t in point.natural.items()},
+        )
+        self._spent, self._inner_steps, self._solves, self._clock = Cost(), 0, 0, now
+        return record
+
+    def layout(self) -> str:
+        """Describe the variables and the method: a checkpoint goes on only with the same."""
+        sides = (self.evaluator.problem.params.start, self.free_start)
+        shapes = [{name: [str(t.dtype), *t.shape] for name, t in side.items()} for side in sides]
+        return f"{self.evaluator.estimator!r} on params {shapes[0]}, hparams {shapes[1]}"
+
+    def state(self) -> dict[str, Any]:
+        """Return, as plain values and tensors, all that the next step depends on."""
+        assert self._accepted is not None and self.start is not None
+        problem, evaluator, point = self.evaluator.problem, self.evaluator, self._accepted
+        return {
+            "lower": evaluator.lower,
+            "estimator": evaluator.state,
+            "gradient_floor": evaluator.gradient_floor,
+            "buffers": [problem.params.buffers(), problem.hparams.layout.buffers()],
+            "position": problem.position(),
+            "random": get_random(next(iter(self.free_start.values())).device),
+            "start": asdict(self.start),
+            "history": [asdict(record) for record in self.history],
+            "accepted": {
+                "free": point.free,
+                "natural": point.natural,
+                "gradient": point.gradient,
+                "evaluation": asdict(point.evaluation),
+            },
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to where `state` was taken."""
+        problem, evaluator = self.evaluator.problem, self.evaluator
+        device = next(iter(self.free_start.values())).device
+        state = _to(state, device)
+        evaluator.lower, evaluator.state = state["lower"], state["estimator"]
+        evaluator.gradient_floor = state["gradient_floor"]
+        problem.params.set_buffers(state["buffers"][0])
+        problem.hparams.layout.set_buffers(state["buffers"][1])
+        problem.go_to(state["position"])
+        set_random(state["random"])
+        self.start = Record(**state["start"])
+        self.history = [Record(**record) for record in state["history"]]
+        accepted = state["accepted"]
+        found = dict(accepted["evaluation"]["hypergradient"])
+        found["certificate"] = Certificate.from_dict(found["certificate"])
+        found["cost"] = Cost(**found["cost"])
+        evaluation = Evaluation(**{**accepted["evaluation"], "hypergradient": Hypergradient(**found)})
+        self._accepted = Point(accepted["free"], accepted["natural"], accepted["gradient"], evaluation)
+
+    def solution(self, status: str) -> Solution:
+        """Return the last accepted point as a solution."""
+        point, problem = self._accepted, self.evaluator.problem
+        assert point is not None and self.start is not None
+        lower, natural = point.evaluation.hypergradient.params, point.natural
+
+        def write_back() -> None:
+            problem.params.write_back(lower)
+            problem.hparams.write_back(natural)
+
+        return Solution(
+            hparams=problem.hparams.layout.export(natural),
+            params=problem.params.export(lower),
+            outer_loss=point.evaluation.hypergradient.outer_loss,
+            history=self.history,
+            status=status,
+            certificate=point.evaluation.hypergradient.certificate,
+            start=self.start,
+            _write_back=write_back,
+        )
+
+
+def _to(state: Any, device: torch.device) -> Any:
+    """Move what was on the device back to it; random states (bytes) stay on the CPU."""
+
+    def move(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) and x.dtype != torch.uint8 else x
+
+    return optree.tree_map(move, state)
