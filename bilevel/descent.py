@@ -22,6 +22,11 @@ def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimiz
             f"`outer_optimizer` returned a {type(optimizer).__name__}, expected a torch.optim optimizer of the tensors "
             "it was given; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidTypeError(
+            "`outer_optimizer` returned torch.optim.LBFGS, which evaluates the loss several times a step and cannot take "
+            'a step from one hypergradient; write outer_optimizer="lbfgs"'
+        )
     saved = keeper.resume(run)
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])

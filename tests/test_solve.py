@@ -806,6 +806,7 @@ def test_the_plot_marks_untrusted_steps_and_draws_quantiles() -> None:
         ({"outer_optimizer": 0.1}, TypeError, "`outer_optimizer` is a float"),
         ({"outer_optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "is a SGD object"),
         ({"outer_optimizer": lambda tensors: None}, TypeError, "`outer_optimizer` returned a NoneType"),
+        ({"outer_optimizer": torch.optim.LBFGS}, TypeError, 'write outer_optimizer="lbfgs"'),
         ({"callbacks": print}, TypeError, "write callbacks="),
         ({"callbacks": [None]}, TypeError, "`callbacks` is expected to be"),
         ({"seed": "now"}, TypeError, "`seed` is 'now'"),
