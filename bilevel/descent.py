@@ -24,8 +24,8 @@ def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimiz
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InvalidTypeError(
-            "`outer_optimizer` returned torch.optim.LBFGS, which evaluates the loss several times a step and cannot take "
-            'a step from one hypergradient; write outer_optimizer="lbfgs"'
+            "`outer_optimizer` returned torch.optim.LBFGS, which evaluates the loss several times a step and cannot "
+            'take a step from one hypergradient; write outer_optimizer="lbfgs"'
         )
     saved = keeper.resume(run)
     if saved is not None:

@@ -18,6 +18,11 @@ from bilevel.solution import Record, Solution, summarize
 from bilevel.vector import Vector, detach, is_finite, norm
 
 
+# Below this many times the norm at which a run stops, a hypergradient's error is held against this size. The verdict
+# allows 1e-3 of it, a tenth of the norm at which the run stops; less would ask for digits that no step uses.
+FLOOR = 100.0
+
+
 class Stop(BaseException):
     """Ends a run from inside; `status` says why."""
 
@@ -94,7 +99,7 @@ class Run:
         record = self._record(point, size)
         if self.start is None:
             self.start = record
-            self.evaluator.gradient_floor = self.tol * float(norm(point.evaluation.hypergradient.gradient))
+            self.evaluator.gradient_floor = FLOOR * self.tol * float(norm(point.evaluation.hypergradient.gradient))
         else:
             self.history.append(record)
             for callback in self.callbacks:

@@ -391,6 +391,19 @@ def test_untrusted_hypergradients_can_stop_the_run(optimizer: Any) -> None:
     assert solution.status.startswith("stopped: the hypergradient is untrusted")
 
 
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("method", ["cg", "minres", "gmres"])
+def test_a_run_that_converges_does_not_warn_of_its_last_digits(name: str, method: str) -> None:
+    # As the hypergradient vanishes, a fixed error of 1e-8 of the first one becomes large beside it.
+    solution = solve(PROBLEMS[name].problem(), method, steps=300, on_untrusted="raise")
+    assert solution.certificate.verdict == "exact"
+    truth = PROBLEMS[name].truth_at(solution.hparams)
+    first = PROBLEMS[name].truth
+    found = bilevel.hypergradient(PROBLEMS[name].problem(), method, hparams=solution.hparams, on_untrusted="ignore")
+    off = float((flat_of(found.gradient) - flat_of(truth.gradient)).norm() / flat_of(first.gradient).norm())
+    assert off <= 1e-6, "the error is below the tolerance of the run"
+
+
 def test_an_inner_problem_that_is_not_solved_is_untrusted() -> None:
     lazy = RIDGE.problem(inner.SGD(lr=1e-3, steps=2))
     with pytest.warns(UntrustedHypergradientWarning, match="train the inner problem further"):
