@@ -17,7 +17,6 @@ from bilevel.randomness import get_random, set_random
 from bilevel.solution import Record, Solution, summarize
 from bilevel.vector import Vector, detach, is_finite, norm
 
-
 # Below this many times the norm at which a run stops, a hypergradient's error is held against this size. The verdict
 # allows 1e-3 of it, a tenth of the norm at which the run stops; less would ask for digits that no step uses.
 FLOOR = 100.0

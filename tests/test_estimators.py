@@ -434,7 +434,7 @@ def test_the_error_estimate_is_of_the_order_of_the_error(known: KnownProblem, me
     estimate = found.certificate.error
     assert estimate is not None
     if error > 1e-12:  # below, both are rounding
-        assert error / 3.0 <= estimate <= 100.0 * error
+        assert error / 3.0 <= estimate <= 20.0 * error  # measured: 0.45 to 6.7
 
 
 @pytest.mark.parametrize("distance_off", [1e-1, 1e-3, 1e-5])
