@@ -70,22 +70,32 @@ class Batches:
     def _begin(self) -> Iterator[Any]:
         """Start a pass over the stream, and keep the random states that decide its order."""
         assert self._stream is not None
-        own = getattr(self._stream, "generator", None)
-        self._random = {
-            "global": torch.get_rng_state(),
-            "own": own.get_state() if isinstance(own, torch.Generator) else None,
-        }
+        self._random = {"global": torch.get_rng_state(), "own": self._own_random()}
         self._drawn, self._iterator = 0, iter(self._stream)
         return self._iterator
 
+    def _own_random(self) -> Tensor | None:
+        """Return the state of the generator that the stream was given, if it was."""
+        own = getattr(self._stream, "generator", None)
+        return own.get_state() if isinstance(own, torch.Generator) else None
+
+    def _set_own_random(self, state: Tensor | None) -> None:
+        own = getattr(self._stream, "generator", None)
+        if isinstance(own, torch.Generator) and state is not None:
+            own.set_state(state)
+
     def position(self) -> dict[str, Any]:
-        """Return where the stream is: the batches drawn in this pass, and the random states at its start."""
-        return {"drawn": self._drawn, "random": self._random}
+        """Return where the stream is: the batches drawn in this pass, and the random states at its start.
+
+        Before the first pass that is the state of the stream's own generator.
+        """
+        return {"drawn": self._drawn, "random": self._random, "own": self._own_random()}
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Bring the stream to a position that `position` returned; the global random state stays as it is."""
         self._iterator, self._drawn, self._random = None, 0, position["random"]
         if self._stream is None or position["random"] is None:
+            self._set_own_random(position.get("own"))
             return
         if iter(self._stream) is self._stream:
             raise InvalidValueError(
@@ -93,10 +103,8 @@ class Batches:
                 "again"
             )
         now = torch.get_rng_state()
-        own = getattr(self._stream, "generator", None)
         torch.set_rng_state(position["random"]["global"])
-        if isinstance(own, torch.Generator):
-            own.set_state(position["random"]["own"])
+        self._set_own_random(position["random"]["own"])
         iterator = self._begin()
         for _ in range(position["drawn"]):
             next(iterator)

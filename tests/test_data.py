@@ -129,3 +129,16 @@ def test_wrong_data_are_named(data: Any, message: str) -> None:
 def test_outer_data_are_named_too() -> None:
     with pytest.raises(bilevel.BilevelError, match=r"`outer_data` is a str"):
         recorded(X, outer_data="valid.csv")
+
+
+def test_a_position_before_the_first_batch_keeps_the_generator_of_the_loader() -> None:
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(X, batch_size=2, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    problem = bilevel.BilevelProblem(
+        lambda w, h, batch: w.sum(), lambda w, h: w.sum(), torch.zeros(1), torch.ones(1), inner_data=loader
+    )
+    before, position = generator.get_state(), problem.position()
+    first = problem.inner_batches.draw()
+    problem.go_to(position)
+    assert torch.equal(before, generator.get_state())
+    assert torch.equal(first, problem.inner_batches.draw())
