@@ -18,6 +18,7 @@ from bilevel.errors import (
     UntrustedHypergradientWarning,
 )
 from bilevel.inner import InnerSolver
+from bilevel.inner.base import Decay
 from bilevel.problem import BilevelProblem
 from bilevel.randomness import fork_random
 from bilevel.response import ProblemResponse
@@ -78,6 +79,7 @@ class Evaluator:
             steps, status = response.unroll_steps(), "steps"
             lower = start if given is None else given
         elif given is None:
+            check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
             solution = response.solve_inner(start if self.lower is None else self.lower, upper)
             lower, steps, status = solution.value, solution.steps, solution.status
         else:
@@ -85,6 +87,22 @@ class Evaluator:
         found, self.state = self.estimator(response, lower, upper, self.state)
         self.lower = found.params
         return Evaluation(found, response.inner_loss, steps, status)
+
+
+def check_decay(solver: InnerSolver, estimator: Estimator) -> None:
+    """Raise where the inner solver ends at a stationary point of something else than `inner_loss`.
+
+    A method that differentiates the step itself sees an L2 term in the gradient, so that one may stay.
+    """
+    decay: Decay = getattr(solver, "decays_outside_loss", None)
+    if estimator.unrolls or decay is None or (decay == "gradient" and getattr(estimator, "sees_steps", False)):
+        return
+    raise InvalidValueError(
+        f"`inner_solver` is {type(solver).__name__} with weight_decay={getattr(solver, 'weight_decay', None)!r}, which "
+        "shrinks the weights outside of `inner_loss`: training ends where that loss has no stationary point, and an "
+        "implicit method would be wrong there. Put the decay into `inner_loss` (+ decay / 2 * (w**2).sum()) with "
+        'weight_decay=0.0, or differentiate the loop itself: method="unroll"'
+    )
 
 
 def check_on_untrusted(on_untrusted: str) -> None:

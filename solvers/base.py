@@ -77,7 +77,10 @@ class Response(Protocol):
 
 
 class Estimator(Protocol):
-    """A way to get a hypergradient: a frozen dataclass of settings that can be called."""
+    """A way to get a hypergradient: a frozen dataclass of settings that can be called.
+
+    One that does not unroll but differentiates a step of the inner solver, with its settings, declares `sees_steps`.
+    """
 
     unrolls: ClassVar[bool]
     """True: `lower` is where the inner loop starts, and the estimator runs it. False: its solution."""

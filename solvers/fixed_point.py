@@ -52,6 +52,7 @@ class FixedPoint:
     max_steps: int = 1000
     rtol: float | None = None
     unrolls: ClassVar[bool] = False
+    sees_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

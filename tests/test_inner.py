@@ -327,3 +327,43 @@ def test_lbfgs_refuses_minibatches() -> None:
     )
     with pytest.raises(bilevel.BilevelError, match=r"L-BFGS.*`inner_data`.*inner_solver=bilevel.inner.Adam"):
         bilevel.hypergradient(problem)
+
+
+DECAYS: list[Any] = [0.1, lambda h: h]
+
+
+@pytest.mark.parametrize("method", sorted(set(bilevel.METHODS) - {"unroll", "truncated"}))
+@pytest.mark.parametrize("decay", DECAYS, ids=["number", "function"])
+def test_a_decay_outside_of_the_loss_needs_unrolling(method: str, decay: Any) -> None:
+    """The end of AdamW is no stationary point of `inner_loss`."""
+    problem = bilevel.BilevelProblem(
+        lambda w, h: ((w - 1.0) ** 2).sum(),
+        lambda w, h: h * (w**2).sum(),
+        torch.zeros(3, dtype=torch.float64),
+        bilevel.positive(0.5),
+        inner_solver=inner.AdamW(lr=0.1, weight_decay=decay, steps=5),
+    )
+    for call in (bilevel.hypergradient, bilevel.solve):
+        with pytest.raises(bilevel.BilevelError, match=r"AdamW.*weight_decay.*`inner_loss`.*unroll"):
+            call(problem, method)
+    bilevel.hypergradient(problem, "unroll")
+    # Given an inner solution, the solver plays no part.
+    bilevel.hypergradient(problem, "direct", params=torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("decay", DECAYS, ids=["number", "function"])
+def test_a_decay_in_the_gradient_is_seen_by_the_fixed_point_of_the_step_alone(decay: Any) -> None:
+    def problem(outer_weight: float) -> bilevel.BilevelProblem:
+        return bilevel.BilevelProblem(
+            lambda w, h: ((w - 1.0) ** 2).sum() / 2,
+            lambda w, h: (w**2).sum() / 2 + outer_weight * h,
+            torch.zeros(1, dtype=torch.float64),
+            bilevel.positive(0.5),
+            inner_solver=inner.SGD(lr=0.5, weight_decay=decay, steps=100),
+        )
+
+    with pytest.raises(bilevel.BilevelError, match=r"SGD.*weight_decay"):
+        bilevel.hypergradient(problem(1.0), "cg")
+    found = bilevel.hypergradient(problem(0.0 if callable(decay) else 1.0), "fixed-point").gradient
+    # w = 1 / (1 + h): d/dh w^2 / 2 = -(1 + h)^-3
+    assert found.item() == pytest.approx(-(1.5**-3) if callable(decay) else 1.0, abs=1e-7)

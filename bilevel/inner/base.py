@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -64,11 +64,20 @@ class Task(Response, Protocol):
         ...
 
 
+Decay = Literal["gradient", "step"] | None
+"""How a solver shrinks weights besides minimizing `inner_loss`: in the gradient (L2), in the step (decoupled), not."""
+
+
 class InnerSolver(Protocol):
     """A way to minimize the inner loss: a frozen dataclass of settings with a `solve`.
 
     One that has differentiable steps also has `unroll_steps(task)`, `initial_state(lower)` and
     `step(task, lower, state, upper, t)`, and can be unrolled.
+
+    What else a solver may declare, for the checks of misuse:
+        decays_outside_loss: a `Decay`; its end is then no stationary point of `inner_loss`. Without it: None.
+        needs_fixed_loss: it needs one batch and no random numbers. Without it: False.
+        whole_loop: its one step is the user's whole training loop. Without it: False.
     """
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:

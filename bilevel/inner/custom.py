@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,7 @@ class Custom:
     """
 
     fit: Callable[..., Any]
+    whole_loop: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.fit):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class LBFGS:
 
     rtol: float | None = None
     max_steps: int = 2000
+    needs_fixed_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

@@ -14,7 +14,8 @@ import torch
 import torchopt
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.inner.stepwise import Setting, Stepwise, check_number
+from bilevel.inner.base import Decay
+from bilevel.inner.stepwise import Setting, Stepwise, check_number, is_zero
 from bilevel.vector import Vector, axpy, zeros_like
 
 # Inside Adam's square root: sqrt has no derivative at 0, where an entry of the gradient has been 0 so far. Far below
@@ -33,11 +34,7 @@ def _times(setting: Any, v: Vector) -> Vector:
 
 def _add_decay(gradient: Vector, lower: Vector, weight_decay: Any) -> Vector:
     """Return the gradient of the loss plus weight_decay / 2 |w|^2."""
-    return gradient if _is_zero(weight_decay) else axpy(1.0, _times(weight_decay, lower), gradient)
-
-
-def _is_zero(setting: Any) -> bool:
-    return isinstance(setting, (int, float)) and setting == 0.0
+    return gradient if is_zero(weight_decay) else axpy(1.0, _times(weight_decay, lower), gradient)
 
 
 def _descend(lower: Vector, direction: Vector, lr: Any) -> Vector:
@@ -67,7 +64,7 @@ class SGD(Stepwise):
     def check(self) -> None:
         """See `Stepwise.check`; the same conditions as torch.optim.SGD."""
         check_number(self.dampening, "inner.SGD: `dampening`")
-        if self.nesterov and (_is_zero(self.momentum) or self.dampening != 0.0):
+        if self.nesterov and (is_zero(self.momentum) or self.dampening != 0.0):
             raise InvalidValueError(
                 f"inner.SGD: `nesterov` needs a `momentum` above 0 and no `dampening`, got momentum={self.momentum!r} "
                 f"and dampening={self.dampening!r}"
@@ -75,7 +72,7 @@ class SGD(Stepwise):
 
     def initial_state(self, lower: Vector) -> Vector:
         """Return zero momentum buffers; none without momentum."""
-        return {} if _is_zero(self.momentum) else zeros_like(lower)
+        return {} if is_zero(self.momentum) else zeros_like(lower)
 
     def update(
         self, lower: Vector, gradient: Vector, state: Vector, t: int, now: dict[str, Any]
@@ -159,11 +156,16 @@ class AdamW(Adam):
 
     weight_decay: Setting = 1e-2
 
+    @property
+    def decays_outside_loss(self) -> Decay:
+        """See `InnerSolver`; decoupled."""
+        return None if is_zero(self.weight_decay) else "step"
+
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""
         direction, state = self._direction(gradient, state, t)
         shrunk = lower
-        if not _is_zero(now["weight_decay"]):
+        if not is_zero(now["weight_decay"]):
             shrunk = _descend(lower, _times(now["weight_decay"], lower), now["lr"])
         return _descend(shrunk, direction, now["lr"]), state
 
@@ -204,7 +206,7 @@ class RMSProp(Stepwise):
         """Return the mean squares and, with momentum, zero buffers."""
         return {
             "moments": self._transform().init(lower),
-            "buffer": {} if _is_zero(self.momentum) else zeros_like(lower),
+            "buffer": {} if is_zero(self.momentum) else zeros_like(lower),
         }
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:

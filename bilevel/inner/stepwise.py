@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
-from bilevel.inner.base import InnerSolution, Task
+from bilevel.inner.base import Decay, InnerSolution, Task
 from bilevel.vector import Vector, detach, is_finite
 
 Setting = float | Tensor | Callable[..., Any]
@@ -54,6 +54,11 @@ class Stepwise:
     def tunable(cls) -> tuple[str, ...]:
         """Return the settings that may be functions of the hyperparameters."""
         return ("lr", "weight_decay", "momentum")
+
+    @property
+    def decays_outside_loss(self) -> Decay:
+        """See `InnerSolver`; torch.optim's `weight_decay` is added to the gradient."""
+        return None if is_zero(getattr(self, "weight_decay", 0.0)) else "gradient"
 
     def unroll_steps(self, task: Task) -> int:
         """Return the number of steps, with epochs counted in batches."""
@@ -103,6 +108,11 @@ def check_number(value: Any, label: str, instead: str = "", below: float = math.
     if not 0.0 <= value < below:
         end = "" if below == math.inf else f" and < {below:g}"
         raise InvalidValueError(f"{label} is {value}, expected a finite number >= 0{end}")
+
+
+def is_zero(setting: Any) -> bool:
+    """Say whether a setting is the number 0: not a function, and not a tensor that may have a gradient."""
+    return isinstance(setting, (int, float)) and setting == 0.0
 
 
 def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
