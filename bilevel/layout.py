@@ -72,7 +72,7 @@ class Variables(ABC):
         return self.role if name == self.role else f"{self.role}['{name}']"
 
     def check(self, vector: Vector, source: str) -> Vector:
-        """Raise unless `vector` has the names, shapes, dtypes and devices of `start`."""
+        """Raise unless `vector` is finite and has the names, shapes, dtypes and devices of `start`."""
         missing = [name for name in self.start if name not in vector]
         extra = [name for name in vector if name not in self.start]
         if missing or extra:
@@ -83,6 +83,8 @@ class Variables(ABC):
             )
         for name, expected in self.start.items():
             _check_like(vector[name], expected, f"{source}: {self.label(name)}")
+            if not is_finite({name: vector[name]}):
+                raise NonFiniteError(f"{source}: {self.label(name)} holds NaN or infinity", self.role)
         return {name: vector[name] for name in self.start}
 
 
@@ -107,9 +109,12 @@ def checked_start(tensors: Vector, variables: Variables) -> Vector:
     for name, tensor in tensors.items():
         label = variables.label(name)
         if not tensor.is_floating_point():
-            raise InvalidTypeError(f"{label} is {tensor.dtype}, which has no gradient; write .float() or .double()")
+            instead = "torch.view_as_real(tensor)" if tensor.is_complex() else ".float() or .double()"
+            raise InvalidTypeError(f"{label} is {tensor.dtype}, expected a real floating-point dtype; write {instead}")
         if tensor.layout != torch.strided:
             raise InvalidTypeError(f"{label} is a {tensor.layout} tensor; write .to_dense()")
+        if tensor.is_meta:
+            raise InvalidValueError(f"{label} is on the device meta, which holds no numbers; give real tensors")
         if (tensor.dtype, tensor.device) != (first.dtype, first.device):
             raise InvalidValueError(
                 f"{label} is {tensor.dtype} on {tensor.device} while {variables.label(first_name)} is "

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
@@ -32,6 +33,12 @@ class ModuleVariables(Variables):
             raise InvalidValueError(
                 f"`{role}` is a {type(module).__name__} without a parameter that requires a gradient; "
                 "unfreeze some with .requires_grad_()"
+            )
+        lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise InvalidValueError(
+                f"`{role}` is a {type(module).__name__} whose {lazy} have no shape yet; run one batch "
+                "through its forward before"
             )
         self._module, self._slots = self._copy()
         self.start_buffers = self.buffers()

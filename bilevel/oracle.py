@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import inner
-from bilevel.hyperparameters import Hyperparameter
 from bilevel.problem import BilevelProblem
+from bilevel.ranges import Hyperparameter
 from bilevel.vector import Vector, flatten, unflatten
 
 NULL = 1e-10  # an eigenvalue this small, relative to the largest, is a direction that the inner loss does not bend

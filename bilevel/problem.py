@@ -115,10 +115,9 @@ class BilevelProblem:
 
 def _check_loss(loss: Any, name: str, with_batch: bool) -> None:
     wanted = ["params", "hparams", "batch"] if with_batch else ["params", "hparams"]
-    if not callable(loss):
-        raise InvalidTypeError(
-            f"`{name}` is a {type(loss).__name__}, expected a function ({', '.join(wanted)}) -> scalar Tensor"
-        )
+    if not callable(loss) or isinstance(loss, type):
+        kind = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        raise InvalidTypeError(f"`{name}` is {kind}, expected a function ({', '.join(wanted)}) -> scalar Tensor")
     _check_arguments(loss, name, wanted, name.replace("loss", "data"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.certificate import Cost
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.problem import BilevelProblem
 from bilevel.randomness import fork_random, get_random, set_random
@@ -32,6 +33,11 @@ class ProblemResponse:
     def __init__(
         self, problem: BilevelProblem, gradient_floor: float = 0.0, inner_solver: InnerSolver | None = None
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            raise InvalidValueError(
+                "hypergradients need gradients, and torch.inference_mode() switches them off for good; call this "
+                "outside of it (torch.no_grad() does no harm)"
+            )
         self._problem = problem
         self._solver = inner_solver or problem.inner_solver
         self.params = problem.params
@@ -50,7 +56,11 @@ class ProblemResponse:
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """See `Response.loss`."""
         problem = self._problem
-        with self._lent(lower, upper, keep_buffers=False) as structures, self._randomness(pinned=True):
+        with (
+            torch.enable_grad(),
+            self._lent(lower, upper, keep_buffers=False) as structures,
+            self._randomness(pinned=True),
+        ):
             given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
             return _checked_scalar(problem.outer_loss(*given), "outer_loss")
 
@@ -58,6 +68,8 @@ class ProblemResponse:
         """See `Response.residual`."""
         value, gradient = self._inner(lower, upper, self._inner_batch, create_graph=True, training=False, pinned=True)
         self.inner_loss = float(value.detach())
+        if not math.isfinite(self.inner_loss):
+            raise NonFiniteError(f"the inner loss is {self.inner_loss} at the inner solution", "inner loss")
         return gradient
 
     def start_gradient_norm(self, upper: Vector) -> float:

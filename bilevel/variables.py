@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
 from bilevel.modules import ModuleVariables
+from bilevel.ranges import Hyperparameter
 from bilevel.vector import Vector
 
 
@@ -77,9 +78,7 @@ def _named_leaves(structure: Any, role: str, source: str) -> tuple[list[str], li
     for name, leaf in zip(names, leaves, strict=True):
         if not isinstance(leaf, Tensor):
             where = source if name == role else f"{source} at '{name}'"
-            raise InvalidTypeError(
-                f"{where} is a {type(leaf).__name__}, expected a Tensor; write {_instead(leaf, role)}"
-            )
+            raise InvalidTypeError(f"{where} is {_kind(leaf)}, expected a Tensor; write {_instead(leaf, role)}")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise InvalidValueError(f"{source} names {twice} twice (a dot in a key?); rename the keys")
@@ -88,9 +87,20 @@ def _named_leaves(structure: Any, role: str, source: str) -> tuple[list[str], li
 
 def _instead(leaf: Any, role: str) -> str:
     if isinstance(leaf, (int, float)) and role == "hparams":
-        return f"bilevel.positive({leaf}), bilevel.real({leaf}) or torch.tensor({float(leaf)})"
+        typed = f"bilevel.positive({leaf}), bilevel.real({leaf})" if leaf > 0 else f"bilevel.real({leaf})"
+        return f"{typed} or torch.tensor({float(leaf)})"
     if isinstance(leaf, (int, float)):
         return f"torch.tensor({float(leaf)})"
     if type(leaf).__module__ == "numpy":
         return "torch.from_numpy(array)"
+    if isinstance(leaf, Iterator):
+        return "list(...) around it, or give the module itself"
+    if isinstance(leaf, Hyperparameter):
+        return "a Tensor here; typed hyperparameters belong into `hparams`"
+    if callable(leaf):
+        return f"{leaf.__name__}(...)" if hasattr(leaf, "__name__") else "what it returns"
     return "a Tensor, a nested dict/list/tuple of Tensors or an nn.Module"
+
+
+def _kind(leaf: Any) -> str:
+    return f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a {type(leaf).__name__}"

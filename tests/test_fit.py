@@ -162,7 +162,7 @@ def test_a_fit_that_ends_early_is_untrusted() -> None:
         (lambda w: w.numpy(), r"what `inner_solver` returned is a ndarray.*torch.from_numpy"),
         (lambda w: 1.0, r"what `inner_solver` returned is a float"),
         (lambda w: nn.Linear(1, 1), r"what `inner_solver` returned is a Linear"),
-        (lambda w: w / 0.0, r"`inner_solver` returned NaN or infinity"),
+        (lambda w: w / 0.0, r"what `inner_solver` returned: params holds NaN or infinity"),
         (lambda w: w.to_sparse(), r"what `inner_solver` returned: params is a torch.sparse_coo"),
     ],
 )

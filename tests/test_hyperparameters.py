@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bilevel
-from bilevel.hyperparameters import Hyperparameter, Hyperparameters
+from bilevel.hyperparameters import Hyperparameters
+from bilevel.ranges import Hyperparameter
 
 LIKE = torch.zeros((), dtype=torch.float64)
 

@@ -23,6 +23,7 @@ FLOORS = {
     "bilevel.modules": 1,
     "bilevel.variables": 1,
     "bilevel.hyperparameters": 1,
+    "bilevel.ranges": 1,
     "bilevel.operators": 1,
     "bilevel.certificate": 1,
     "bilevel.data": 1,

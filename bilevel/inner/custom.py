@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from bilevel.errors import InvalidTypeError, NonFiniteError
+from bilevel.errors import InvalidTypeError
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.modules import ModuleVariables
-from bilevel.vector import Vector, detach, is_finite
+from bilevel.vector import Vector, detach
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,4 @@ class Custom:
             returned = self.fit(*given)
         if returned is None and isinstance(task.params, ModuleVariables):
             returned = params
-        value = task.params.read(returned, "what `inner_solver` returned")
-        if not is_finite(value):
-            raise NonFiniteError("`inner_solver` returned NaN or infinity", "inner variables")
-        return value
+        return task.params.read(returned, "what `inner_solver` returned")
