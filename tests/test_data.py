@@ -133,7 +133,7 @@ def test_outer_data_are_named_too() -> None:
 
 def test_a_position_before_the_first_batch_keeps_the_generator_of_the_loader() -> None:
     generator = torch.Generator().manual_seed(3)
-    loader = DataLoader(X, batch_size=2, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    loader: Any = DataLoader(X, batch_size=2, shuffle=True, generator=generator)  # type: ignore[arg-type]
     problem = bilevel.BilevelProblem(
         lambda w, h, batch: w.sum(), lambda w, h: w.sum(), torch.zeros(1), torch.ones(1), inner_data=loader
     )
