@@ -28,6 +28,7 @@ FLOORS = {
     "bilevel.certificate": 1,
     "bilevel.data": 1,
     "bilevel.minimize": 1,
+    "bilevel.table": 1,
     "bilevel.files": 1,
     "bilevel.randomness": 1,
     "bilevel.twice": 1,
@@ -50,7 +51,9 @@ FLOORS = {
     "bilevel.gradient_check": 6,
     "bilevel.preflight": 6,
     "bilevel.nested": 6,
+    "bilevel.logistic": 6,
     "bilevel.demo": 7,
+    "bilevel.demo_plot": 7,
     "bilevel.cli": 7,
     "bilevel.sklearn": 7,
 }
