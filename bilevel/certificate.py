@@ -114,6 +114,8 @@ class Hypergradient:
         params: the inner solution, structured like the user's `params`.
         certificate: how far `gradient` can be trusted.
         cost: gradients and products spent, the inner solve included.
+        correction: what to add to `outer_loss` for the value at the exact inner solution, to first order; 0 where the
+            method knows none.
     """
 
     gradient: Any
@@ -121,3 +123,4 @@ class Hypergradient:
     params: Any
     certificate: Certificate
     cost: Cost
+    correction: float = 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 
 from bilevel.checkpoint import Keeper
-from bilevel.errors import InvalidTypeError
+from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.minimize import Array, lbfgs
 from bilevel.run import Point, Run, Stop
 from bilevel.vector import detach, flatten, unflatten
@@ -16,17 +17,7 @@ from bilevel.vector import detach, flatten, unflatten
 def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimizer]) -> None:
     """Walk with a torch optimizer over the unconstrained values until `Stop`."""
     free = {name: torch.nn.Parameter(t.clone()) for name, t in run.free_start.items()}
-    optimizer = factory(list(free.values()))
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidTypeError(
-            f"`outer_optimizer` returned a {type(optimizer).__name__}, expected a torch.optim optimizer of the tensors "
-            "it was given; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InvalidTypeError(
-            "`outer_optimizer` returned torch.optim.LBFGS, which evaluates the loss several times a step and cannot "
-            'take a step from one hypergradient; write outer_optimizer="lbfgs"'
-        )
+    optimizer = _made(factory, list(free.values()))
     saved = keeper.resume(run)
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
@@ -43,6 +34,35 @@ def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimiz
             for name, t in free.items():
                 t.clamp_(run.low[name], run.high[name])
         keeper.after_step(run, {"free": detach(dict(free)), "optimizer": optimizer.state_dict()})
+
+
+def _made(factory: Callable[..., torch.optim.Optimizer], tensors: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the user's optimizer, after checking that it can walk."""
+    try:
+        inspect.signature(factory).bind(tensors)
+    except TypeError as error:
+        raise InvalidTypeError(
+            f"`outer_optimizer` takes {inspect.signature(factory)}, but is called with a list of tensors: "
+            f"{error}; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        ) from error
+    optimizer = factory(tensors)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidTypeError(
+            f"`outer_optimizer` returned a {type(optimizer).__name__}, expected a torch.optim optimizer of the tensors "
+            "it was given; write lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        )
+    held = {id(t) for group in optimizer.param_groups for t in group["params"]}
+    if held != {id(t) for t in tensors}:
+        raise InvalidValueError(
+            "`outer_optimizer` returned an optimizer of other tensors than the ones it was given; write "
+            "lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InvalidTypeError(
+            "`outer_optimizer` returned torch.optim.LBFGS, which evaluates the loss several times a step and cannot "
+            'take a step from one hypergradient; write outer_optimizer="lbfgs"'
+        )
+    return optimizer
 
 
 def descend_lbfgs(run: Run, keeper: Keeper) -> None:
@@ -66,19 +86,21 @@ def descend_lbfgs(run: Run, keeper: Keeper) -> None:
         if run.start is None:
             run.accept(point)
         evaluated[x.tobytes()] = point
-        seen.append((point.evaluation.hypergradient.outer_loss, flatten(point.gradient).double().cpu()))
+        found = point.evaluation.hypergradient
+        seen.append((found.outer_loss + found.correction, flatten(point.gradient).double().cpu()))
         return seen[-1][0], seen[-1][1].numpy().copy()
 
-    def after_step(x: Array) -> None:
+    def after_step(x: Array) -> bool:
         nonlocal skip
         if skip:
             skip -= 1
-            return
+            return False
         point = evaluated[x.tobytes()]
         evaluated.clear()  # one line search at a time, from the accepted point
         evaluated[x.tobytes()] = point
         run.accept(point)
         keeper.after_step(run, {"seen": list(seen)})
+        return False
 
     start, low, high = (flatten(v).double().cpu().numpy() for v in (like, run.low, run.high))
     lbfgs(function, start, max_steps=run.steps, bounds=(low, high), after_step=after_step)

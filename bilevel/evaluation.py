@@ -129,6 +129,8 @@ def own_randomness(problem: BilevelProblem, seed: int | None) -> Iterator[None]:
     """Leave torch's global random state as it was, and start from `seed` inside."""
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise InvalidTypeError(f"`seed` is {seed!r}, expected a whole number or None")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise InvalidValueError(f"`seed` is {seed}, expected a whole number of at most 64 bits")
     with fork_random(next(iter(problem.params.start.values())).device):
         if seed is not None:
             torch.manual_seed(seed)

@@ -15,6 +15,19 @@ import torch
 
 from bilevel.errors import InvalidValueError
 
+# What torch's reader was seen to raise on empty, cut, foreign and malicious files.
+_UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+)
+
 
 def write(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write plain values and tensors to a file, all of it or nothing."""
@@ -33,9 +46,11 @@ def write(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file that `write` wrote; nothing in it is executed."""
+    if not os.path.isfile(path):
+        raise InvalidValueError(f"there is no file {os.fspath(path)}")
     try:
         data = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InvalidValueError(
             f"{os.fspath(path)} is cut short, or no file of bilevel's; nothing in it was executed and it is left as it "

@@ -27,8 +27,8 @@ def lbfgs(
     *,
     max_steps: int,
     bounds: tuple[Array, Array] | None = None,
-    gradient_below: float = 0.0,
-    after_step: Callable[[Array], None] | None = None,
+    value_rtol: float = 0.0,
+    after_step: Callable[[Array], bool] | None = None,
 ) -> Any:
     """Minimize `function`, which returns a value and its gradient.
 
@@ -37,23 +37,23 @@ def lbfgs(
         start: `(n,)`.
         max_steps: most iterations.
         bounds: lowest and highest entries, `(n,)` each, infinite for no end.
-        gradient_below: stop when no entry of the projected gradient is larger.
-        after_step: called with the point that each iteration led to.
+        value_rtol: stop when an iteration lowers the value by less than this part of it.
+        after_step: called with the point that each iteration led to; True stops the run.
 
     Returns:
         SciPy's OptimizeResult; it stops by itself only where the value cannot be decreased any more.
     """
 
     def callback(intermediate_result: Any) -> None:
-        if after_step is not None:
-            after_step(intermediate_result.x)
+        if after_step is not None and after_step(intermediate_result.x):
+            raise StopIteration
 
     options = {
         "maxcor": HISTORY,
         "maxiter": max_steps,
         "maxfun": 20 * max_steps + 20,
-        "ftol": 0.0,
-        "gtol": gradient_below,
+        "ftol": value_rtol,
+        "gtol": 0.0,
     }
     ends = None if bounds is None or not np.isfinite(bounds).any() else Bounds(*bounds)
     with _one_blas_thread():

@@ -183,9 +183,9 @@ def _show(bar: Any, record: Record) -> None:
 def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InvalidValueError(f"`steps` is {steps!r}, expected a whole number of at least 1, or None")
-    if tol is not None and not 0.0 <= tol < 1.0:
+    if tol is not None and (not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0):
         raise InvalidValueError(f"`tol` is {tol!r}, expected 0 <= tol < 1 (relative to the first hypergradient)")
-    if callable(callbacks) or not all(callable(callback) for callback in callbacks):
+    if not isinstance(callbacks, (list, tuple)) or not all(callable(callback) for callback in callbacks):
         raise InvalidTypeError(
             "`callbacks` is expected to be a list of functions of a Record; write callbacks=[function]"
         )
@@ -204,6 +204,9 @@ def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem) -> Any:
             f"`outer_optimizer` is a {type(given).__name__} object, which holds other tensors than the unconstrained "
             f"hyperparameters; give a factory: lambda tensors: torch.optim.{type(given).__name__}(tensors, lr=...)"
         )
-    if not isinstance(given, str) and not callable(given):
-        raise InvalidTypeError(f"`outer_optimizer` is a {type(given).__name__}, expected a factory of an optimizer")
+    if not isinstance(given, str) and (not callable(given) or hasattr(given, "solve")):
+        raise InvalidTypeError(
+            f"`outer_optimizer` is a {type(given).__name__}, expected a factory of an optimizer, "
+            "such as lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        )
     return given

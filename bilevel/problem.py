@@ -16,7 +16,7 @@ from bilevel.errors import InvalidTypeError, InvalidValueError, NotTwiceDifferen
 from bilevel.hyperparameters import Hyperparameters
 from bilevel.inner import LBFGS, Custom, InnerSolver
 from bilevel.layout import Variables
-from bilevel.twice import custom_functions
+from bilevel.twice import silently_wrong
 from bilevel.variables import variables
 
 
@@ -80,18 +80,17 @@ class BilevelProblem:
         return self.inner_batches.deterministic and self.outer_batches.deterministic
 
     def examine(self, inner_loss: Tensor) -> None:
-        """Refuse a custom autograd.Function that hides its curvature; looked for once.
+        """Refuse what has a wrong second derivative without an error; looked for once.
 
         Raises:
-            NotTwiceDifferentiableError: the inner loss uses a Function marked once_differentiable.
+            NotTwiceDifferentiableError: it names the operation and what to write instead.
         """
         if self._examined:
             return
-        once = [name for name, marked in custom_functions(inner_loss).items() if marked]
-        if once:
+        wrong = silently_wrong(inner_loss)
+        if wrong:
             raise NotTwiceDifferentiableError(
-                f"`inner_loss` uses {', '.join(once)}, marked once_differentiable: its second derivative would be "
-                "missing without an error; write its backward with differentiable operations and remove the mark"
+                f"`inner_loss` uses {'; and '.join(wrong)}. Its second derivative would be wrong without an error"
             )
         self._examined = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,21 +60,35 @@ def explained(what: str) -> Iterator[None]:
 
 
 def custom_functions(value: Tensor) -> dict[str, bool]:
-    """Return the user's own autograd Functions behind a tensor, and whether each is marked once_differentiable.
+    """Return the user's own autograd Functions behind a tensor, and whether each is marked once_differentiable."""
+    owners = [getattr(type(node), "_forward_cls", None) for node in _nodes(value)]
+    own = [owner for owner in owners if owner is not None and not owner.__module__.startswith("torch.")]
+    return {owner.__qualname__: hasattr(owner.backward, "__wrapped__") for owner in own}
 
-    A once-differentiable Function under a linear operation gives a gradient without a graph, and no error: its
-    curvature would be missing from every product.
+
+def silently_wrong(value: Tensor) -> list[str]:
+    """Return what torch differentiates twice wrongly and without an error, each with its cure.
+
+    A custom Function that is marked once_differentiable, under a linear operation, gives a gradient without a graph:
+    its curvature would be missing from every product. Fused weight_norm fails torch's own gradgradcheck (torch 2.13).
     """
-    found: dict[str, bool] = {}
+    found = [
+        f"{name}, marked once_differentiable: write its backward with differentiable operations and remove the mark"
+        for name, marked in custom_functions(value).items()
+        if marked
+    ]
+    if any(node.name().startswith("WeightNormInterface") for node in _nodes(value)):
+        found.append("torch's fused weight_norm: write the normalization out (g * v / v.norm(...))")
+    return found
+
+
+def _nodes(value: Tensor) -> Iterator[Any]:
+    """Walk the graph behind a tensor, each node once."""
     seen = set()
-    waiting = [value.grad_fn]
+    waiting: list[Any] = [value.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        owner = getattr(type(node), "_forward_cls", None)
-        if owner is not None and not owner.__module__.startswith("torch."):
-            found[owner.__qualname__] = hasattr(owner.backward, "__wrapped__")
-        waiting.extend(parent for parent, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(parent for parent, _ in node.next_functions)
+            yield node

@@ -32,6 +32,11 @@ def estimator(method: str | Estimator) -> Estimator:
         if method not in METHODS:
             raise InvalidValueError(f"`method` is {method!r}, expected one of {', '.join(METHODS)}")
         return METHODS[method]()
+    if hasattr(method, "solve"):
+        raise InvalidTypeError(
+            f"`method` is {method!r}, which solves another problem; write bilevel.Implicit({method!r}) for a linear "
+            "solver, and give an inner solver to BilevelProblem"
+        )
     if isinstance(method, type) or not callable(method) or not hasattr(method, "unrolls"):
         raise InvalidTypeError(
             f"`method` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "

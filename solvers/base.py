@@ -115,6 +115,11 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
         )
     with response.at(w, h):
         grads = torch.autograd.grad(loss, [*w.values(), *h.values()], allow_unused=True)
+    if all(g is None for g in grads):
+        raise InvalidTypeError(
+            "`outer_loss` depends on neither params nor hparams, only on other tensors; use the `params` and `hparams` "
+            "that the loss is called with"
+        )
     by_lower = dict(zip(w, grads[: len(w)], strict=True))
     filled = {name: torch.zeros_like(w[name]) if g is None else dense(g) for name, g in by_lower.items()}
     if not is_finite(filled):

@@ -29,7 +29,7 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
-from bilevel.solvers.linear.base import check_settings, default_rtol
+from bilevel.solvers.linear.base import check_count, check_settings, default_rtol
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import Vector, axpy, detach, leaves, norm, subtract, zeros_like
 
@@ -56,6 +56,7 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
+        check_count(self.max_steps, "max_steps")
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
@@ -178,17 +179,17 @@ def _is_float(x: Any) -> bool:
 def _iterate(step: _Map, rhs: Vector, start: Vector | None, rtol: float, max_steps: int) -> tuple[Vector, list[float]]:
     """Return the u of the smallest increment, and the norms of all increments up to it."""
     u = rhs if start is None else start
-    best, increments = u, [math.inf]
+    best, smallest, increments = u, 0, [math.inf]
     for _ in range(max_steps):
         after = axpy(1.0, step.pull(u), rhs)
         increment = float(norm(subtract(after, u)))
-        if increment < min(increments):
-            best = after
+        if increment < increments[smallest]:
+            best, smallest = after, len(increments)
         u = after
         increments.append(increment)
         if increment <= rtol * float(norm(u)) or not increment <= GROWTH * increments[1]:
             break
-    return best, increments[1:]
+    return best, increments[1 : smallest + 1]
 
 
 def _contraction(increments: list[float]) -> float:

@@ -29,7 +29,7 @@ from bilevel.solvers.base import (
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.vector import Vector, norm
+from bilevel.vector import Vector, dot, norm
 
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
@@ -54,10 +54,12 @@ class Implicit:
     unrolls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.linear_solver is not None and not hasattr(self.linear_solver, "solve"):
+        given = self.linear_solver
+        if isinstance(given, type):
+            raise InvalidTypeError(f"`linear_solver` is the class {given.__name__}; write bilevel.{given.__name__}()")
+        if given is not None and not hasattr(given, "solve"):
             raise InvalidTypeError(
-                f"`linear_solver` is {self.linear_solver!r}, expected an object with a solve method, "
-                "for example bilevel.CG(rtol=1e-6)"
+                f"`linear_solver` is {given!r}, expected an object with a solve method, such as bilevel.CG(rtol=1e-6)"
             )
 
     def __call__(
@@ -78,7 +80,9 @@ class Implicit:
         adjoint = _adjoint(system.operator, solution, warm)
         curvature = adjoint["curvature"]
         certificate = _certify(response, system, solution, curvature, lower, upper, gradient, solver.truncates)
-        return Hypergradient(gradient, outer.loss, lower, replace(certificate, notes=notes), response.cost), adjoint
+        certificate = replace(certificate, notes=notes)
+        correction = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
+        return Hypergradient(gradient, outer.loss, lower, certificate, response.cost, correction), adjoint
 
 
 _UNSEEN = (

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
-from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.errors import InvalidTypeError, NonFiniteError
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
+from bilevel.solvers.linear.base import check_count
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm
 
 
@@ -39,8 +40,7 @@ class Truncated:
     unrolls: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise InvalidValueError(f"`steps` is {self.steps!r}, expected a whole number of at least 1")
+        check_count(self.steps, "steps")
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
@@ -147,6 +147,7 @@ def _sweep(
         step = recorded.pop()
         pairs = [(y, a) for y, a in zip(step.outputs, adjoint, strict=True) if y.requires_grad]
         inputs = [*step.inputs, *h.values()]
+        response.cost.products += 1
         with response.at(step.lower, h):
             grads = torch.autograd.grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
         adjoint = [torch.zeros_like(x) if g is None else dense(g) for x, g in zip(step.inputs, grads[:n], strict=True)]

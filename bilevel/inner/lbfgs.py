@@ -16,13 +16,18 @@ import torch
 from bilevel.errors import InvalidValueError, NonFiniteError
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.minimize import Array, lbfgs
+from bilevel.operators import LinearOperator
 from bilevel.solvers.base import Linearization
 from bilevel.solvers.linear.base import check_settings
 from bilevel.solvers.linear.cg import CG
+from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
 from bilevel.vector import Vector, detach, flatten, norm, subtract, unflatten
 
+# The line search has done what it can when a step lowers the value by less than this part: ten units in the last place.
+VALUE_RTOL = 2e-15
 NEWTON_STEPS = 8
 NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient about this much
+NEWTON_PRODUCTS = 500  # most products of one Newton step
 
 
 @dataclass(frozen=True)
@@ -51,32 +56,59 @@ class LBFGS:
                 "L-BFGS needs one fixed inner loss, and `inner_data` gives another batch at every call; give one batch "
                 "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
             )
-        batch = task.draw()
-        first = next(iter(lower.values()))
-
-        def function(x: Array) -> tuple[float, Array]:
-            w = unflatten(torch.from_numpy(x).to(first.device), lower)
-            loss, gradient = task.value_and_gradient(w, upper, batch, pinned=True)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise NonFiniteError(f"the inner loss became {value} during L-BFGS", "inner loss")
-            return value, flatten(gradient).double().cpu().numpy()
-
-        start = flatten(lower).double().cpu().numpy()
-        threshold = self._rtol(first.dtype) * task.start_gradient_norm(upper)
-        largest = threshold / math.sqrt(len(start))  # SciPy looks at the largest entry
-        result = lbfgs(function, start, max_steps=self.max_steps, gradient_below=largest)
-        w = unflatten(torch.from_numpy(result.x).to(first.device), lower)
-        if float(np.linalg.norm(result.jac)) <= threshold:
-            return InnerSolution(w, int(result.nit), "converged")
+        threshold = self._rtol(next(iter(lower.values())).dtype) * task.start_gradient_norm(upper)
+        w, taken, done = _descend(task, lower, upper, threshold, self.max_steps)
+        if done:
+            return InnerSolution(w, taken, "converged")
         w, steps, done = _newton(task, w, upper, threshold)
-        unfinished = "max_steps" if result.nit >= self.max_steps else "stalled"
-        return InnerSolution(w, int(result.nit) + steps, "converged" if done else unfinished)
+        unfinished = "max_steps" if taken >= self.max_steps else "stalled"
+        return InnerSolution(w, taken + steps, "converged" if done else unfinished)
 
     def _rtol(self, dtype: torch.dtype) -> float:
         if self.rtol is not None:
             return self.rtol
         return 1e-9 if dtype == torch.float64 else 1e-5
+
+
+def _descend(task: Task, lower: Vector, upper: Vector, threshold: float, max_steps: int) -> tuple[Vector, int, bool]:
+    """Run SciPy's L-BFGS until the gradient norm is below the threshold; return the end, the steps, and if it is."""
+    batch, device = task.draw(), next(iter(lower.values())).device
+    system = Linearization(task, lower, upper)
+    if float(norm(system.residual)) <= threshold:
+        return lower, 0, True
+    unit = _units(system.operator)
+    latest = (b"", math.inf)
+
+    def variables(x: Array) -> Vector:
+        return unflatten(torch.from_numpy(x * unit).to(device), lower)
+
+    def function(x: Array) -> tuple[float, Array]:
+        nonlocal latest
+        loss, gradient = task.value_and_gradient(variables(x), upper, batch, pinned=True)
+        value, flat = float(loss.detach()), flatten(gradient).double().cpu().numpy()
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the inner loss became {value} during L-BFGS", "inner loss")
+        latest = (x.tobytes(), float(np.linalg.norm(flat)))
+        return value, flat * unit
+
+    def small_enough(x: Array) -> bool:
+        return latest[0] == x.tobytes() and latest[1] <= threshold
+
+    start = flatten(lower).double().cpu().numpy() / unit
+    result = lbfgs(function, start, max_steps=max_steps, value_rtol=VALUE_RTOL, after_step=small_enough)
+    return variables(result.x), int(result.nit), float(np.linalg.norm(result.jac / unit)) <= threshold
+
+
+def _units(operator: LinearOperator) -> Array:
+    """Return the unit of each variable, `(n,)`: one over the root of its curvature, where curvatures differ much.
+
+    Strengths that a run has driven apart by ten decades make a badly scaled Hessian, on which plain L-BFGS needs
+    thousands of steps and a scaled one dozens.
+    """
+    diagonal = estimate_diagonal(operator).double()
+    units = diagonal.rsqrt() if badly_scaled(diagonal) else torch.ones_like(diagonal)
+    result: Array = units.cpu().numpy()
+    return result
 
 
 def _newton(task: Task, lower: Vector, upper: Vector, threshold: float) -> tuple[Vector, int, bool]:
@@ -90,7 +122,7 @@ def _newton(task: Task, lower: Vector, upper: Vector, threshold: float) -> tuple
         best, best_norm = candidate, size
         if size <= threshold or taken == NEWTON_STEPS:
             return best, taken, size <= threshold
-        step = CG(rtol=NEWTON_RTOL).solve(system.operator, system.residual)
+        step = CG(rtol=NEWTON_RTOL, max_steps=NEWTON_PRODUCTS).solve(system.operator, system.residual)
         if step.status == "nonpositive curvature":
             return best, taken, False
         candidate = detach(subtract(candidate, step.value))

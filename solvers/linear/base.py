@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -77,10 +77,20 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
 
 def check_settings(rtol: float | None, max_steps: int | None) -> None:
     """Raise for a tolerance or a step count that makes no sense."""
-    if rtol is not None and not 0.0 <= rtol < 1.0:
-        raise InvalidValueError(f"`rtol` is {rtol}, expected 0 <= rtol < 1")
-    if max_steps is not None and max_steps < 1:
-        raise InvalidValueError(f"`max_steps` is {max_steps}, expected at least 1")
+    if rtol is not None and (not _is_number(rtol) or not 0.0 <= rtol < 1.0):
+        raise InvalidValueError(f"`rtol` is {rtol!r}, expected a number with 0 <= rtol < 1, or None")
+    if max_steps is not None:
+        check_count(max_steps, "max_steps")
+
+
+def check_count(count: Any, name: str) -> None:
+    """Raise unless it is a whole number of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InvalidValueError(f"`{name}` is {count!r}, expected a whole number of at least 1")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

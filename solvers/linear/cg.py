@@ -4,14 +4,16 @@ Hestenes and Stiefel, Methods of conjugate gradients for solving linear systems,
 Deliberate differences from the textbook: the curvature p·Ap is tested at every step; the best iterate
 is returned with its true residual; the residual is recomputed every `REFRESH` steps; dots are summed
 in float64; the smallest Ritz value comes from the coefficients for free (Golub and Van Loan, Matrix
-Computations, 4th ed., section 11.3.4).
+Computations, 4th ed., section 11.3.4); a badly scaled system is found out on the way and preconditioned by
+its diagonal, which costs an easy one nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,13 +31,15 @@ from bilevel.solvers.linear.base import (
     inner,
     start_from,
 )
-from bilevel.vector import Vector, flatten
+from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
+from bilevel.vector import Vector, flatten, unflatten
 
 REFRESH = 50  # steps between two recomputations of the true residual
 PATIENCE = 100  # steps without a better residual, after which the decrease of the energy decides
 # The residual of an ill-conditioned system first grows for long while the energy x·Ax/2 - b·x falls. Stagnation is an
 # energy that does not fall either: less than this part of its fall so far, over PATIENCE steps.
 NEGLIGIBLE = 1e-10
+PROBATION = 50  # steps without convergence after which "auto" looks at the diagonal
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class CG:
         rtol: stop when |b - Ax| <= rtol |b|; None: 1e-8 in float64, 1e-5 in float32. Smaller is more
             accurate and slower; the error of x is at most the condition number times rtol.
         max_steps: most iterations; None: ten times the number of unknowns, at most 10,000.
+        preconditioner: "auto" estimates the diagonal by 8 products after 50 steps without convergence, and uses it
+            where entries differ a hundredfold; "diagonal" does so from the start; a function v -> M^-1 v is the
+            user's own, symmetric positive definite; None: none.
 
     >>> import torch
     >>> from bilevel.operators import LinearOperator
@@ -56,40 +63,75 @@ class CG:
 
     rtol: float | None = None
     max_steps: int | None = None
+    preconditioner: Literal["auto", "diagonal"] | Callable[[Vector], Vector] | None = "auto"
     truncates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
+        if not (self.preconditioner in ("auto", "diagonal", None) or callable(self.preconditioner)):
+            raise InvalidValueError(
+                f'`preconditioner` is {self.preconditioner!r}, expected "auto", "diagonal", None or a function'
+            )
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
         """Solve A x = rhs. Raises for an operator that is not symmetric."""
         if not operator.symmetric:
-            raise InvalidValueError('CG needs a symmetric operator and this one is not; use method="direct"')
+            raise InvalidValueError('CG needs a symmetric operator and this one is not; use method="gmres" or "direct"')
         b = flatten(rhs)
-        run = _Run(operator, b, None if start is None else flatten(start))
         threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
-        status = run.iterate(threshold, self.max_steps or min(10 * operator.size, 10_000))
-        return finished(operator, rhs, run.best_x, status, run.steps, run.smallest_ritz())
+        limit = self.max_steps or min(10 * operator.size, 10_000)
+        run = _Run(operator, b, None if start is None else flatten(start), *self._given(operator, rhs))
+        first = min(PROBATION, limit) if self.preconditioner == "auto" else limit
+        status = run.iterate(threshold, first)
+        curvature = run.smallest_ritz()
+        if status == "max_steps" and first < limit:
+            diagonal = estimate_diagonal(operator)
+            if badly_scaled(diagonal):
+                run = _Run(operator, b, run.best_x, lambda r: r / diagonal, float(diagonal.min()), run.steps)
+            status = run.iterate(threshold, limit)
+            curvature = min(x for x in (curvature, run.smallest_ritz()) if x is not None)
+        return finished(operator, rhs, run.best_x, status, run.steps, curvature)
+
+    def _given(self, operator: LinearOperator, rhs: Vector) -> tuple[Callable[[Tensor], Tensor], float]:
+        """Return the preconditioner to begin with, and its smallest eigenvalue (0 where unknown)."""
+        chosen = self.preconditioner
+        if callable(chosen):
+            return lambda r: flatten(chosen(unflatten(r, rhs))), 0.0
+        if chosen == "diagonal":
+            diagonal = estimate_diagonal(operator)
+            return lambda r: r / diagonal, float(diagonal.min())
+        return lambda r: r, 1.0
 
 
 class _Run:
-    """The state of one solve; x, r and p are the textbook's."""
+    """The state of one solve; x, r, z and p are the textbook's. `iterate` may be called again to go on."""
 
-    def __init__(self, operator: LinearOperator, b: Tensor, start: Tensor | None) -> None:
+    def __init__(
+        self,
+        operator: LinearOperator,
+        b: Tensor,
+        start: Tensor | None,
+        inverse: Callable[[Tensor], Tensor],
+        smallest_of_preconditioner: float,
+        steps: int = 0,
+    ) -> None:
         self.operator, self.b = operator, b
         self.x, self.r = start_from(operator, b, start)
         self.best_x, self.best_norm = self.x.clone(), math.sqrt(inner(self.r, self.r))
-        self.steps = 0
+        self.inverse, self.smallest_of_preconditioner = inverse, smallest_of_preconditioner
+        self.steps = steps
+        z = inverse(self.r)
+        self.p, self.rz = z, inner(self.r, z)
+        self.waited, self.fall, self.lately = 0, 0.0, 0.0
         self.curvatures: list[float] = []
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
     def iterate(self, threshold: float, max_steps: int) -> Status:
-        p, rr, waited = self.r.clone(), inner(self.r, self.r), 0
-        fall, lately = 0.0, 0.0
         while self.best_norm > threshold:
-            if self.steps == max_steps:
+            if self.steps >= max_steps:
                 return "max_steps"
+            p = self.p
             Ap = self.operator.flat(p)
             pp, pAp = inner(p, p), inner(p, Ap)
             self.steps += 1
@@ -97,34 +139,49 @@ class _Run:
             # Rounding in a product of size |p||Ap| cannot tell a smaller curvature from zero.
             if not pAp > 4 * torch.finfo(p.dtype).eps * math.sqrt(pp * inner(Ap, Ap)):
                 return "nonpositive curvature"
-            alpha = rr / pAp
-            self.x += alpha * p
-            fall, lately = fall + alpha * rr, lately + alpha * rr
-            refreshed = self.steps % REFRESH == 0
-            self.r = self.b - self.operator.flat(self.x) if refreshed else self.r - alpha * Ap
-            rr, before = inner(self.r, self.r), rr
-            waited = waited + 1 if math.sqrt(rr) >= self.best_norm else 0
-            if not waited:
-                self.best_x, self.best_norm = self.x.clone(), math.sqrt(rr)
-            if not math.isfinite(rr):
+            self._step(p, Ap, self.rz / pAp)
+            if self._stagnates():
                 return "stagnated"
-            if waited % PATIENCE == 0:
-                if waited and lately < NEGLIGIBLE * fall:
-                    return "stagnated"
-                lately = 0.0
-            self.alphas.append(alpha)
-            self.betas.append(rr / before)
-            p = self.r + self.betas[-1] * p
         return "converged"
 
+    def _step(self, p: Tensor, Ap: Tensor, alpha: float) -> None:
+        """Go alpha along p, and turn to the next direction."""
+        self.x = self.x + alpha * p
+        self.fall, self.lately = self.fall + alpha * self.rz, self.lately + alpha * self.rz
+        refreshed = self.steps % REFRESH == 0
+        self.r = self.b - self.operator.flat(self.x) if refreshed else self.r - alpha * Ap
+        size = math.sqrt(inner(self.r, self.r))
+        self.waited = self.waited + 1 if size >= self.best_norm else 0
+        if not self.waited:
+            self.best_x, self.best_norm = self.x, size
+        z = self.inverse(self.r)
+        rz, before = inner(self.r, z), self.rz
+        self.alphas.append(alpha)
+        self.betas.append(rz / before)
+        self.rz, self.p = rz, z + self.betas[-1] * p
+
+    def _stagnates(self) -> bool:
+        """Say whether neither the residual nor the energy has fallen for long, or a number overflowed."""
+        if not math.isfinite(self.rz):
+            return True
+        if self.waited % PATIENCE:
+            return False
+        stuck = self.waited > 0 and self.lately < NEGLIGIBLE * self.fall
+        self.lately = 0.0
+        return stuck
+
     def smallest_ritz(self) -> float | None:
-        """Return the smallest curvature over the whole Krylov space met."""
+        """Return the smallest curvature over the whole Krylov space met.
+
+        The Ritz values are those of the preconditioned matrix M^-1 A; times the smallest eigenvalue of M they are
+        bounds of A's from below.
+        """
         if not self.curvatures:
             return None
         smallest = min(self.curvatures)
-        if self.alphas:
+        if self.alphas and self.smallest_of_preconditioner > 0.0:
             alpha, beta = np.array(self.alphas), np.array(self.betas[:-1])
             diagonal = 1 / alpha + np.concatenate([[0.0], beta / alpha[:-1]])
             ritz = eigvalsh_tridiagonal(diagonal, np.sqrt(beta) / alpha[:-1], select="i", select_range=(0, 0))
-            smallest = min(smallest, float(ritz[0]))
+            smallest = min(smallest, float(ritz[0]) * self.smallest_of_preconditioner)
         return smallest

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
+    check_count,
     check_settings,
     default_rtol,
     finished,
@@ -55,8 +55,7 @@ class GMRES:
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
-        if self.restart < 1:
-            raise InvalidValueError(f"`restart` is {self.restart}, expected at least 1")
+        check_count(self.restart, "restart")
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
         """Solve A x = rhs."""

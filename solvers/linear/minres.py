@@ -28,6 +28,7 @@ from bilevel.solvers.linear.base import (
 )
 from bilevel.vector import Vector, flatten
 
+SINGULAR = 1e-12  # a pivot this small against the diagonal is zero up to the rounding of the recursion
 RESTARTS = 3  # runs from the true residual before what is left counts as rounding
 
 
@@ -114,7 +115,7 @@ class _Lanczos:
             delta_2, gamma = c * delta + s * alpha, s * delta - c * alpha
             epsilon_next, delta = s * beta_next, -c * beta_next
             gamma_2 = math.hypot(gamma, beta_next)
-            if gamma_2 <= 1e-15 * max(map(abs, self.alphas)):
+            if gamma_2 <= SINGULAR * max(map(abs, self.alphas)):
                 break  # A has no more to say about r: it is singular there
             c, s = gamma / gamma_2, beta_next / gamma_2
             d_old, d = d, (v - delta_2 * d - epsilon * d_old) / gamma_2

@@ -18,6 +18,7 @@ from bilevel.operators import LinearOperator
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
+    check_count,
     check_settings,
     default_rtol,
     finished,
@@ -53,6 +54,7 @@ class Neumann:
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
+        check_count(self.max_steps, "max_steps")
         if self.step_size is not None and not self.step_size > 0.0:
             raise InvalidValueError(f"`step_size` is {self.step_size}, expected a positive number")
 
@@ -67,7 +69,8 @@ class Neumann:
         x, r = start_from(operator, b, None if start is None else flatten(start))
         threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
         best_x, best, first = x, math.sqrt(inner(r, r)), math.sqrt(inner(r, r))
-        low, step_size = self._scaling(operator) if best > threshold else (None, 0.0)
+        step_size = self._scaling(operator) if best > threshold else 0.0
+        low: float | None = None  # over the residuals only: directions that b does not have do no harm
         steps = 0
         status: Status = "converged"
         while best > threshold and status == "converged":
@@ -85,9 +88,9 @@ class Neumann:
                 status = "max_steps"
         return finished(operator, rhs, best_x, status, steps, low)
 
-    def _scaling(self, operator: LinearOperator) -> tuple[float | None, float]:
-        """Return the smallest curvature met while measuring, and the step size."""
+    def _scaling(self, operator: LinearOperator) -> float:
+        """Return the step size, measured where none was given."""
         if self.step_size is not None:
-            return None, self.step_size
-        low, high = extreme_eigenvalues(operator)
-        return low, 1.0 / high if high > 0.0 else 1.0
+            return self.step_size
+        _, high = extreme_eigenvalues(operator)
+        return 1.0 / high if high > 0.0 else 1.0
