@@ -79,16 +79,21 @@ def descend_lbfgs(run: Run, keeper: Keeper) -> None:
     replay = iter(list(seen))
     skip = len(run.history)
 
+    def scaled(value: float, gradient: torch.Tensor) -> tuple[float, Array]:
+        # In units of the first gradient: SciPy's first step is the gradient itself, which should move u by about 1.
+        unit = float(seen[0][1].norm()) or 1.0
+        return value / unit, (gradient / unit).numpy()
+
     def function(x: Array) -> tuple[float, Array]:
         for value, gradient in replay:
-            return value, gradient.numpy().copy()
+            return scaled(value, gradient)
         point = run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
         if run.start is None:
             run.accept(point)
         evaluated[x.tobytes()] = point
         found = point.evaluation.hypergradient
         seen.append((found.outer_loss + found.correction, flatten(point.gradient).double().cpu()))
-        return seen[-1][0], seen[-1][1].numpy().copy()
+        return scaled(*seen[-1])
 
     def after_step(x: Array) -> bool:
         nonlocal skip
