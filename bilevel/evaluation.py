@@ -71,22 +71,25 @@ class Evaluator:
             given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
+        with response.session():
+            lower, steps, status = self._inner(response, upper, given)
+            found, self.state = self.estimator(response, lower, upper, self.state)
+        self.lower = found.params
+        return Evaluation(found, response.inner_loss, steps, status)
+
+    def _inner(self, response: ProblemResponse, upper: Vector, given: Vector | None) -> tuple[Vector, int, str]:
+        """Return where the estimator begins, the inner steps (to be) taken, and why the inner solver stopped."""
         start = self.problem.params.start
         if given is None and (self.estimator.unrolls or self.lower is None):
             self.problem.params.rewind()  # a run from the start, BatchNorm's statistics included
         if self.estimator.unrolls:
             # The loop itself is what is differentiated, so it begins where the user's begins.
-            steps, status = response.unroll_steps(), "steps"
-            lower = start if given is None else given
-        elif given is None:
-            check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
-            solution = response.solve_inner(start if self.lower is None else self.lower, upper)
-            lower, steps, status = solution.value, solution.steps, solution.status
-        else:
-            lower, steps, status = given, 0, "given"
-        found, self.state = self.estimator(response, lower, upper, self.state)
-        self.lower = found.params
-        return Evaluation(found, response.inner_loss, steps, status)
+            return start if given is None else given, response.unroll_steps(), "steps"
+        if given is not None:
+            return given, 0, "given"
+        check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
+        solution = response.solve_inner(start if self.lower is None else self.lower, upper)
+        return solution.value, solution.steps, solution.status
 
 
 def check_decay(solver: InnerSolver, estimator: Estimator) -> None:

@@ -67,6 +67,10 @@ class Variables(ABC):
     def set_buffers(self, buffers: Vector) -> None:
         """Set what `buffers` returned."""
 
+    def has_recurrent_layers_on_gpu(self) -> bool:
+        """Say whether a module has an RNN, LSTM or GRU on a GPU; cuDNN's have no second derivative."""
+        return False
+
     def label(self, name: str) -> str:
         """Return how messages call a tensor: `params['layer.weight']`, or `params` if it is alone."""
         return self.role if name == self.role else f"{self.role}['{name}']"

@@ -83,6 +83,11 @@ class ModuleVariables(Variables):
             for module, attribute, buffer in buffers:
                 module._buffers[attribute] = buffer
 
+    def has_recurrent_layers_on_gpu(self) -> bool:
+        """See `Variables.has_recurrent_layers_on_gpu`."""
+        layers = [module for module in self._module.modules() if isinstance(module, nn.RNNBase)]
+        return any(p.is_cuda for layer in layers for p in layer.parameters())
+
     def buffers(self) -> Vector:
         """See `Variables.buffers`."""
         return {name: buffer.clone() for name, buffer in self._module.named_buffers()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bilevel.certificate import Cost
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
@@ -48,6 +48,8 @@ class ProblemResponse:
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
         self._start_norm: float | None = None
+        self._set_up = False
+        self._recurrent = self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
         self._random = get_random(self._device)
 
@@ -148,10 +150,23 @@ class ProblemResponse:
         with (
             self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
             self._problem.hparams.layout.bound(upper) as hparams,
-            twice_differentiable(params if isinstance(params, nn.Module) else None),
+            self._twice(),
             explained("differentiating the losses twice"),
         ):
             yield params, hparams
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Set torch up for second derivatives once, for all that runs inside; else it is done at every evaluation."""
+        with self._twice():
+            self._set_up = True
+            try:
+                yield
+            finally:
+                self._set_up = False
+
+    def _twice(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._set_up else twice_differentiable(self._recurrent)
 
     def _inner(
         self, lower: Vector, upper: Vector, batch: Any, *, create_graph: bool, training: bool, pinned: bool

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.errors import NotTwiceDifferentiableError
@@ -29,20 +29,14 @@ _CURES = {
 
 
 @contextlib.contextmanager
-def twice_differentiable(module: nn.Module | None) -> Iterator[None]:
-    """Run a loss so that it can be differentiated twice where torch has a way.
+def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
+    """Run losses so that they can be differentiated twice where torch has a way.
 
-    Fused attention gives way to the math backend; cuDNN gives way to native kernels where `module` has a
-    recurrent layer on a GPU.
+    Fused attention gives way to the math backend; cuDNN to native kernels where a recurrent layer runs on a GPU.
     """
-    recurrent = module is not None and any(isinstance(m, nn.RNNBase) and _on_gpu(m) for m in module.modules())
-    cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent_on_gpu else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), cudnn:
         yield
-
-
-def _on_gpu(module: nn.Module) -> bool:
-    return any(p.is_cuda for p in module.parameters())
 
 
 @contextlib.contextmanager
