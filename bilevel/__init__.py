@@ -16,6 +16,7 @@ from bilevel.errors import (
 from bilevel.gradient_check import GradientCheck, check_gradient
 from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
+from bilevel.preflight import Finding, Report, check
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Record, Solution
 from bilevel.solvers import CG, GMRES, METHODS, MINRES, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll
@@ -33,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "Cholesky",
     "Cost",
+    "Finding",
     "FixedPoint",
     "GradientCheck",
     "Hypergradient",
@@ -43,12 +45,14 @@ __all__ = [
     "NonFiniteError",
     "NotTwiceDifferentiableError",
     "Record",
+    "Report",
     "Solution",
     "Truncated",
     "UnseenHyperparameterError",
     "UntrustedHypergradientError",
     "UntrustedHypergradientWarning",
     "Unroll",
+    "check",
     "check_gradient",
     "hypergradient",
     "inner",

@@ -1,4 +1,4 @@
-"""The command line: `bilevel demo`."""
+"""The command line: `bilevel demo`, `bilevel check`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import bilevel
+from bilevel.check_command import add_check_command, run_check
 from bilevel.errors import BilevelError, InvalidValueError
 
 GOOD, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command is None:
             parser.print_help()
             return GOOD
+        if options.command == "check":
+            return run_check(options, print)
         _demo(options)
     except SystemExit as exit_:  # argparse has said what is wrong, or has printed a help text
         return exit_.code if isinstance(exit_.code, int) else BAD_INPUT
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="PNG", default="bilevel-demo.png", help="the picture (default: %(default)s)")
     demo.add_argument("--seed", type=_seed, default=0, help="of the test rows and the folds (default: %(default)s)")
     demo.add_argument("--steps", type=_steps, default=30, help="most outer steps (default: %(default)s)")
+    add_check_command(commands)
     return parser
 
 

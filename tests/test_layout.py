@@ -54,6 +54,7 @@ FLOORS = {
     "bilevel.logistic": 6,
     "bilevel.demo": 7,
     "bilevel.demo_plot": 7,
+    "bilevel.check_command": 7,
     "bilevel.cli": 7,
     "bilevel.sklearn": 7,
 }

@@ -1,0 +1,204 @@
+"""A dry run under way: where it is, what it has found, and what can be seen before any loss is called."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import BilevelError
+from bilevel.evaluation import check_decay
+from bilevel.preflight.probes import Walk
+from bilevel.preflight.report import Costs, Finding, Level
+from bilevel.problem import BilevelProblem
+from bilevel.response import ProblemResponse
+from bilevel.solvers import Estimator
+from bilevel.solvers.base import Linearization, OuterGradient
+from bilevel.vector import Vector, size
+
+# What a user's function may raise by mistake. Ctrl-C, and warnings that were turned into errors, go through.
+MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass
+class DryRun:
+    """What the checks share; a check leaves what later ones need.
+
+    Attributes:
+        outer: the gradient of the outer loss; None while it could not be had, like the others.
+        system: the inner gradient with its graph.
+        pulled: which hyperparameters the inner gradient uses.
+        walk: a few steps of the inner solver.
+        condition: largest over smallest eigenvalue of the inner Hessian.
+        graph_bytes: what the graph of one inner gradient holds.
+    """
+
+    problem: BilevelProblem
+    method: Estimator
+    findings: list[Finding] = field(default_factory=list)
+    response: ProblemResponse | None = None
+    outer: OuterGradient | None = None
+    system: Linearization | None = None
+    pulled: frozenset[str] | None = None
+    walk: Walk | None = None
+    condition: float | None = None
+    graph_bytes: int = 0
+    costs: Costs = field(default_factory=Costs)
+
+    @property
+    def lower(self) -> Vector:
+        """The inner variables at their start."""
+        return self.problem.params.start
+
+    @property
+    def upper(self) -> Vector:
+        """The hyperparameters at their start, natural units."""
+        return self.problem.hparams.layout.start
+
+    @property
+    def first(self) -> Tensor:
+        """Any inner variable: all have its dtype and device."""
+        return next(iter(self.lower.values()))
+
+    @property
+    def double(self) -> bool:
+        """The problem is in float64."""
+        return self.first.dtype == torch.float64
+
+    def add(self, level: Level, subject: str, message: str, remedy: str = "") -> None:
+        """Report something."""
+        self.findings.append(Finding(level, subject, message, remedy))
+
+    @contextmanager
+    def tried(self, subject: str, remedy: str = "") -> Iterator[None]:
+        """Turn what is raised inside into an error that is reported; a `BilevelError` says itself what to do."""
+        try:
+            yield
+        except BilevelError as error:
+            message, _, cure = str(error).partition("; ")
+            self.add("error", subject, message, cure or remedy)
+        except MISTAKES as error:
+            first = (str(error).splitlines() or [""])[0]
+            self.add("error", subject, f"{type(error).__name__}: {first}{_where(error)}", remedy or "mend the function")
+
+
+def _where(error: BaseException) -> str:
+    """Return the line of the user's code that raised: the last one outside of this library and of torch."""
+    own = ("bilevel", "solvers", "torch", "contextlib", "optree", "torchopt")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    outside = [f for f in frames if f.f_globals.get("__name__", "").split(".")[0] not in own]
+    if not outside:
+        return ""
+    code = outside[-1].f_code
+    return f" (in {code.co_name}, {code.co_filename.rsplit('/', 1)[-1]}, near line {outside[-1].f_lineno})"
+
+
+def check_settings(dry: DryRun) -> None:
+    """Report what the inner solver, the data and the dtype say before any loss is called."""
+    _check_inner_solver(dry)
+    _check_data(dry)
+    if dry.double or dry.method.unrolls:
+        return
+    if dry.first.dtype == torch.float32:
+        dry.add(
+            "note",
+            "params",
+            "float32: the linear solve of an implicit method ends at about 1e-5 times the condition number",
+            "for small problems use float64: .double() on params, hparams and data",
+        )
+    else:
+        dry.add(
+            "warning",
+            "params",
+            f"{dry.first.dtype} has too few digits for the linear solve of an implicit method",
+            "keep params in float32 or float64 and use autocast in the losses",
+        )
+
+
+def _check_inner_solver(dry: DryRun) -> None:
+    solver, problem = dry.problem.inner_solver, dry.problem
+    name = type(solver).__name__
+    if dry.method.unrolls and not hasattr(solver, "step"):
+        dry.add(
+            "error",
+            "inner_solver",
+            f"{name} has no steps that can be differentiated, and the method unrolls them",
+            'inner_solver=bilevel.inner.SGD(lr=..., steps=...), or method="implicit"',
+        )
+    elif getattr(solver, "needs_fixed_loss", False) and not problem.inner_batches.deterministic:
+        dry.add(
+            "error",
+            "inner_solver",
+            f"{name} needs one fixed inner loss, and `inner_data` gives another batch at every call",
+            "give one batch (Tensors, or a Dataset, which is read whole), or an optimizer of minibatches: "
+            "inner_solver=bilevel.inner.Adam(lr=..., steps=...)",
+        )
+    try:
+        check_decay(solver, dry.method)
+    except BilevelError as error:
+        message, _, cure = str(error).partition(". ")
+        dry.add("error", "inner_solver", message, cure)
+
+
+def _check_data(dry: DryRun) -> None:
+    inner, outer = dry.problem.inner_data, dry.problem.outer_data
+    for role, data in (("inner_data", inner), ("outer_data", outer)):
+        if isinstance(data, Iterator):
+            dry.add(
+                "warning",
+                role,
+                "is an iterator that cannot start again: this dry run took batches from it, and no run can be resumed",
+                "give a DataLoader or another iterable that starts again",
+            )
+    if inner is not None and outer is not None and _sources(inner) & _sources(outer):
+        dry.add(
+            "warning",
+            "outer_data",
+            "holds the same data as `inner_data`: hyperparameters that are judged by the training data are tuned to "
+            "overfit",
+            "give validation data that training does not see",
+        )
+    count, examples = size(dry.upper), _examples(outer)
+    if examples is not None and count > examples:
+        dry.add(
+            "note",
+            "hparams",
+            f"{count} hyperparameters and {examples} outer examples: they can fit the noise of the validation data",
+            "keep a third set of data for testing, stop early on it, or add a prior on hparams to the outer loss",
+        )
+
+
+def _sources(data: Any) -> set[int]:
+    """Return the identities of a data set and of the tensors in it."""
+    source = getattr(data, "dataset", data)
+    tensors = getattr(source, "tensors", source if isinstance(source, (Tensor, dict, list, tuple)) else ())
+    parts: list[Any] = optree.tree_leaves(tensors)  # type: ignore[arg-type]
+    return {id(source), *(id(part) for part in parts if isinstance(part, Tensor))}
+
+
+def _examples(data: Any) -> int | None:
+    """Return how many examples there are, where that can be seen: the first dimension of the first tensor."""
+    source = getattr(data, "dataset", data)
+    if isinstance(source, (Tensor, dict, list, tuple)):
+        parts: list[Any] = optree.tree_leaves(source)  # type: ignore[arg-type]
+        sizes = [len(t) for t in parts if isinstance(t, Tensor) and t.dim() > 0]
+        return sizes[0] if sizes else None
+    try:
+        return len(source) if hasattr(source, "__getitem__") else None
+    except TypeError:
+        return None

@@ -1,0 +1,189 @@
+"""The checks of a dry run that look at the steps of the inner solver, at what the method sees, and at the curvature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from bilevel.preflight.dryrun import DryRun
+from bilevel.preflight.probes import Walk, free_memory, milliseconds, random_vector, walk
+from bilevel.preflight.report import Costs
+from bilevel.response import ProblemResponse
+from bilevel.solvers.base import outer_gradient
+from bilevel.solvers.linear.lanczos import extreme_eigenvalues
+from bilevel.vector import size
+
+CONDITION = {torch.float64: 1e6, torch.float32: 1e3}  # above, the digits of the type get scarce (field notes, fp32)
+FLAT = {torch.float64: 1e-12, torch.float32: 1e-6}  # smallest over largest eigenvalue that counts as zero
+EXPLODES = 1e3  # growth of an adjoint over the inner loop, or over 100 steps of it
+
+
+def check_steps(dry: DryRun, response: ProblemResponse) -> None:
+    """Report inner steps that fail, blow up, or hold more memory than there is."""
+    solver = dry.problem.inner_solver
+    if not hasattr(solver, "step") or getattr(solver, "whole_loop", False) or dry.system is None:
+        return
+    with dry.tried("inner_solver", "mend the setting of the inner solver that is a function"):
+        adjoint = random_vector(dry.lower, 2) if dry.outer is None else dry.outer.lower
+        taken = dry.walk = walk(response, dry.lower, dry.upper, adjoint)
+        if taken.broke_at is not None:
+            dry.add(
+                "error",
+                "inner_solver",
+                f"the inner variables are NaN or infinite after step {taken.broke_at}",
+                "lower the learning rate",
+            )
+            return
+        _check_growth(dry, response, taken)
+        if dry.method.unrolls:
+            _check_memory(dry, taken.bytes_per_step, unrolled_steps(dry))
+
+
+def _check_growth(dry: DryRun, response: ProblemResponse, taken: Walk) -> None:
+    """Report a loop that expands and climbs.
+
+    Expansion alone says little: Adam's normalization expands wherever an entry of the gradient is close to zero.
+    """
+    growth = max(1.0, taken.growth)
+    if min(taken.total, 100) * math.log(growth) <= math.log(EXPLODES):
+        return
+    batch = response.draw()
+    before, after = (response.value_and_gradient(w, dry.upper, batch, pinned=True)[0] for w in (dry.lower, taken.end))
+    if float(after.detach()) <= float(before.detach()):
+        return
+    dry.add(
+        "warning",
+        "inner_solver",
+        f"at the start one of the {taken.total} inner steps stretches differences {growth:.3g}-fold, and the inner "
+        "loss rises: the loop diverges, and a gradient through it explodes",
+        "lower the learning rate (below 2 / the largest curvature), or start at a better point",
+    )
+
+
+def _check_memory(dry: DryRun, per_step: int, steps: int) -> None:
+    free, needed = free_memory(dry.first.device), per_step * steps
+    if free is None or needed <= free / 2:
+        return
+    fitting = max(1, int(free / 2 / per_step))
+    dry.add(
+        "warning",
+        "method",
+        f"the graph of {steps} steps takes {needed / 1e6:.3g} MB ({per_step / 1e6:.3g} MB a step), of "
+        f"{free / 1e6:.3g} MB that are free",
+        f"bilevel.Truncated(steps={fitting}), activation checkpointing in the loss, smaller batches, or an implicit "
+        "method",
+    )
+
+
+def unrolled_steps(dry: DryRun) -> int:
+    """Return how many inner steps an unrolled method differentiates."""
+    total = 0 if dry.walk is None else dry.walk.total
+    window = getattr(dry.method, "steps", None)
+    return min(total, window) if isinstance(window, int) else total
+
+
+def check_hyperparameters(dry: DryRun) -> None:
+    """Report every hyperparameter that the method cannot see, and the method that can."""
+    if dry.pulled is None or dry.outer is None:
+        return
+    by_losses = dry.pulled | {name for name, g in dry.outer.upper.items() if g is not None}
+    solver = dry.problem.inner_solver
+    for name in sorted(dry.upper.keys() - by_losses):
+        label = dry.problem.hparams.layout.label(name)
+        if getattr(solver, "whole_loop", False):
+            _report_for_own_loop(dry, label)
+        elif dry.walk is None or name not in dry.walk.seen:
+            dry.add(
+                "error",
+                label,
+                "has no path to the outer loss: neither the outer loss, nor the gradient of the inner loss, nor a "
+                "setting of the inner solver uses it",
+                "use it (lr=lambda h: h[...]), or take it out of hparams",
+            )
+        elif getattr(dry.method, "sees_steps", False):
+            dry.add(
+                "note",
+                label,
+                "only a setting of the inner solver uses it, and this method sees the fixed point of a step: a "
+                "learning rate or a momentum does not move that, so its gradient is zero",
+                'method="unroll" for a learning rate',
+            )
+        elif not dry.method.unrolls:
+            dry.add(
+                "error",
+                label,
+                "only a setting of the inner solver uses it (a learning rate?), and an implicit method sees the losses "
+                "alone",
+                'method="unroll", or "truncated" for a long inner loop',
+            )
+
+
+def _report_for_own_loop(dry: DryRun, label: str) -> None:
+    message = "neither the outer loss nor the gradient of the inner loss uses it"
+    if dry.method.unrolls:
+        dry.add("note", label, f"{message}; whether your own training loop does is not seen without training")
+        return
+    dry.add(
+        "error",
+        label,
+        f"{message}, and an implicit method sees nothing else",
+        'if your training loop uses it: method="unroll", with a loop that returns tensors with their graph; else take '
+        "it out of hparams",
+    )
+
+
+def check_curvature(dry: DryRun) -> None:
+    """Report negative, vanishing and badly scaled curvature at the starting point, for implicit methods."""
+    if dry.system is None or dry.method.unrolls:
+        return
+    with dry.tried("inner_loss"):
+        low, high = extreme_eigenvalues(dry.system.operator, steps=min(30, size(dry.lower)))
+        flat = FLAT.get(dry.first.dtype, 1e-3) * max(abs(low), abs(high))
+        if low > flat:
+            dry.condition = high / low
+            _check_condition(dry, high / low)
+        elif low < -flat:
+            dry.add(
+                "note",
+                "inner_loss",
+                f"has negative curvature at the starting point ({low:.2g}, the largest is {high:.2g}); where training "
+                "ends it must have none for conjugate gradients, and MINRES takes over otherwise",
+                "regularize the inner loss, train to a minimum, or read the certificate",
+            )
+        else:
+            dry.add(
+                "warning",
+                "inner_loss",
+                f"has directions without curvature at the starting point (the largest curvature is {high:.2g}): if "
+                "they are still flat where training ends, the inner solution is not unique",
+                "add a little regularization to the inner loss: + 1e-6 * (w**2).sum()",
+            )
+
+
+def _check_condition(dry: DryRun, condition: float) -> None:
+    if condition <= CONDITION.get(dry.first.dtype, 1e2):
+        return
+    cure = 'regularize the inner loss, scale its variables alike, or method="direct" (up to some thousand of them)'
+    dry.add(
+        "warning",
+        "inner_loss",
+        f"its Hessian has a condition number of at least {condition:.1e} at the starting point: linear solvers are "
+        "slow and lose digits",
+        cure if dry.double else f"use float64 (.double()); {cure}",
+    )
+
+
+def measure(dry: DryRun, response: ProblemResponse, costs: Costs) -> Costs:
+    """Add the milliseconds of one inner gradient, one product and one outer gradient to `costs`."""
+    device = dry.first.device
+    if dry.system is not None:
+        system, batch, v = dry.system, response.draw(), random_vector(dry.lower, 1)
+        gradient = milliseconds(lambda: response.value_and_gradient(dry.lower, dry.upper, batch), device)
+        product = milliseconds(lambda: system.operator(v), device)
+        costs = replace(costs, inner_gradient_ms=gradient, product_ms=product)
+    if dry.outer is not None:
+        gradient = milliseconds(lambda: outer_gradient(response, dry.lower, dry.upper), device)
+        costs = replace(costs, outer_gradient_ms=gradient)
+    return costs
