@@ -42,8 +42,8 @@ class LinearOperator:
         return self.matvec(v)
 
     def flat(self, v: Tensor) -> Tensor:
-        """Return A v for a vector given as one 1-d tensor `(size,)`."""
-        return flatten(self.matvec(unflatten(v, self.like)))
+        """Return A v for a vector given as one 1-d tensor `(size,)`, in its dtype; the product is taken in A's."""
+        return flatten(self.matvec(unflatten(v, self.like))).to(v.dtype)
 
     @property
     def size(self) -> int:

@@ -29,7 +29,7 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
-from bilevel.solvers.linear.base import check_count, check_settings, default_rtol
+from bilevel.solvers.linear.base import check_count, check_settings, default_rtol, dtype_of
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import Vector, axpy, detach, leaves, norm, subtract, zeros_like
 
@@ -66,7 +66,7 @@ class FixedPoint:
         system = Linearization(response, lower, upper)
         step: _Map = _InnerStep(response, lower, upper) if response.has_step else _GradientStep(system)
         rhs = step.embed(outer.lower)
-        rtol = default_rtol(self.rtol, next(iter(lower.values())).dtype)
+        rtol = default_rtol(self.rtol, dtype_of(lower))
         u, increments = _iterate(step, rhs, state, rtol, self.max_steps)
         gradient = add_terms(response, outer.upper, step.onto_upper(u), upper, _UNSEEN)
         shrink = _contraction(increments)

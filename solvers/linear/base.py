@@ -75,6 +75,11 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
     return 1e-8 if dtype == torch.float64 else max(1e-5, 10 * torch.finfo(dtype).eps)
 
 
+def dtype_of(v: Vector) -> torch.dtype:
+    """Return the dtype that products are taken in."""
+    return next(iter(v.values())).dtype
+
+
 def check_settings(rtol: float | None, max_steps: int | None) -> None:
     """Raise for a tolerance or a step count that makes no sense."""
     if rtol is not None and (not _is_number(rtol) or not 0.0 <= rtol < 1.0):
@@ -91,6 +96,16 @@ def check_count(count: Any, name: str) -> None:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def wide(v: Vector) -> Tensor:
+    """Return one 1-d float64 tensor `(size,)`.
+
+    Krylov recurrences run in float64 whatever the dtype of the problem; only the products are taken in its own. Their
+    short sums and differences then add no rounding of their own, and residuals are recomputed from products of the
+    refined x.
+    """
+    return flatten(v).double()
 
 
 def inner(a: Tensor, b: Tensor) -> float:
@@ -111,7 +126,7 @@ def finished(
     operator: LinearOperator, rhs: Vector, x: Tensor, status: Status, steps: int, curvature: float | None
 ) -> LinearSolution:
     """Return the solution `x` with its true residual, which costs one product."""
-    b = flatten(rhs)
+    b = wide(rhs)
     residual = b - operator.flat(x) if bool(x.any()) else b
     size = math.sqrt(inner(b, b))
     relative = math.sqrt(inner(residual, residual)) / size if size > 0.0 else 0.0

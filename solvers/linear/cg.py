@@ -27,9 +27,11 @@ from bilevel.solvers.linear.base import (
     Status,
     check_settings,
     default_rtol,
+    dtype_of,
     finished,
     inner,
     start_from,
+    wide,
 )
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
 from bilevel.vector import Vector, flatten, unflatten
@@ -77,10 +79,10 @@ class CG:
         """Solve A x = rhs. Raises for an operator that is not symmetric."""
         if not operator.symmetric:
             raise InvalidValueError('CG needs a symmetric operator and this one is not; use method="gmres" or "direct"')
-        b = flatten(rhs)
-        threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
+        b = wide(rhs)
+        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
         limit = self.max_steps or min(10 * operator.size, 10_000)
-        run = _Run(operator, b, None if start is None else flatten(start), *self._given(operator, rhs))
+        run = _Run(operator, b, None if start is None else wide(start), *self._given(operator, rhs))
         first = min(PROBATION, limit) if self.preconditioner == "auto" else limit
         status = run.iterate(threshold, first)
         curvature = run.smallest_ritz()
@@ -137,7 +139,7 @@ class _Run:
             self.steps += 1
             self.curvatures.append(pAp / pp)
             # Rounding in a product of size |p||Ap| cannot tell a smaller curvature from zero.
-            if not pAp > 4 * torch.finfo(p.dtype).eps * math.sqrt(pp * inner(Ap, Ap)):
+            if not pAp > 4 * torch.finfo(dtype_of(self.operator.like)).eps * math.sqrt(pp * inner(Ap, Ap)):
                 return "nonpositive curvature"
             self._step(p, Ap, self.rz / pAp)
             if self._stagnates():

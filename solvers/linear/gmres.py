@@ -22,11 +22,13 @@ from bilevel.solvers.linear.base import (
     check_count,
     check_settings,
     default_rtol,
+    dtype_of,
     finished,
     inner,
     start_from,
+    wide,
 )
-from bilevel.vector import Vector, flatten
+from bilevel.vector import Vector
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class GMRES:
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
         """Solve A x = rhs."""
-        b = flatten(rhs)
-        threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
-        x, r = start_from(operator, b, None if start is None else flatten(start))
+        b = wide(rhs)
+        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        x, r = start_from(operator, b, None if start is None else wide(start))
         steps, limit = 0, self.max_steps or min(10 * operator.size, 10_000)
         curvature: float | None = None
         status: Status = "converged"

@@ -22,11 +22,13 @@ from bilevel.solvers.linear.base import (
     Status,
     check_settings,
     default_rtol,
+    dtype_of,
     finished,
     inner,
     start_from,
+    wide,
 )
-from bilevel.vector import Vector, flatten
+from bilevel.vector import Vector
 
 SINGULAR = 1e-12  # a pivot this small against the diagonal is zero up to the rounding of the recursion
 RESTARTS = 3  # runs from the true residual before what is left counts as rounding
@@ -62,9 +64,9 @@ class MINRES:
         """Solve A x = rhs. Raises for an operator that is not symmetric."""
         if not operator.symmetric:
             raise InvalidValueError("MINRES needs a symmetric operator and this one is not; use bilevel.GMRES()")
-        b = flatten(rhs)
-        threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
-        x, r = start_from(operator, b, None if start is None else flatten(start))
+        b = wide(rhs)
+        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        x, r = start_from(operator, b, None if start is None else wide(start))
         steps, limit = 0, self.max_steps or min(10 * operator.size, 10_000)
         curvature: float | None = None
         status: Status = "converged"

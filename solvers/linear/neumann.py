@@ -21,12 +21,14 @@ from bilevel.solvers.linear.base import (
     check_count,
     check_settings,
     default_rtol,
+    dtype_of,
     finished,
     inner,
     start_from,
+    wide,
 )
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.vector import Vector, flatten
+from bilevel.vector import Vector
 
 GROWTH = 10.0  # a residual this many times the first one ends the series
 
@@ -65,9 +67,9 @@ class Neumann:
                 "Neumann needs a symmetric operator to measure its step size, and this one is not; "
                 'use method="fixed-point" or method="direct"'
             )
-        b = flatten(rhs)
-        x, r = start_from(operator, b, None if start is None else flatten(start))
-        threshold = default_rtol(self.rtol, b.dtype) * math.sqrt(inner(b, b))
+        b = wide(rhs)
+        x, r = start_from(operator, b, None if start is None else wide(start))
+        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
         best_x, best, first = x, math.sqrt(inner(r, r)), math.sqrt(inner(r, r))
         step_size = self._scaling(operator) if best > threshold else 0.0
         low: float | None = None  # over the residuals only: directions that b does not have do no harm
