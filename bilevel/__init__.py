@@ -19,7 +19,19 @@ from bilevel.outer import hypergradient, solve
 from bilevel.preflight import Finding, Report, check
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Record, Solution
-from bilevel.solvers import CG, GMRES, METHODS, MINRES, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll
+from bilevel.solvers import (
+    CG,
+    GMRES,
+    METHODS,
+    MINRES,
+    Averaged,
+    Cholesky,
+    FixedPoint,
+    Implicit,
+    Neumann,
+    Truncated,
+    Unroll,
+)
 
 __version__ = "0.1.0"
 
@@ -28,6 +40,7 @@ __all__ = [
     "GMRES",
     "METHODS",
     "MINRES",
+    "Averaged",
     "BilevelError",
     "BilevelProblem",
     "Certificate",

@@ -26,6 +26,7 @@ class Certificate:
         adjoint_residual: true relative residual of the linear system; None if none was solved.
         curvature: smallest p·Hp / p·p met on the way; None if none was looked at.
         error: estimated relative error of the hypergradient; None where the method has no estimate.
+        standard_error: of a mean over several draws of batches, relative; None for a single draw.
         reasons: sentences that say what is wrong and which knob to turn.
         notes: sentences that say what was done on the way and is worth knowing.
     """
@@ -37,6 +38,7 @@ class Certificate:
     error: float | None = None
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    standard_error: float | None = None
 
     @property
     def trusted(self) -> bool:
@@ -51,6 +53,7 @@ class Certificate:
     def __str__(self) -> str:
         figures = {
             "estimated relative error": self.error,
+            "standard error over batches": self.standard_error,
             "inner residual": self.inner_residual,
             "adjoint residual": self.adjoint_residual,
             "smallest curvature": self.curvature,

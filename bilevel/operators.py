@@ -24,6 +24,8 @@ class LinearOperator:
         symmetric: A equals its transpose. Conjugate gradients refuse an operator that is not.
         matvecs: the same product for stacked vectors, `(k, *shape)` tensors in and out; without it
             a dense matrix is formed column by column.
+        second_moment: for a Hessian: the mean square of gradients met in training, whose root stands for the diagonal
+            in preconditioners.
 
     >>> import torch
     >>> A = LinearOperator(lambda v: {"w": 3.0 * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
@@ -36,6 +38,7 @@ class LinearOperator:
     like: Vector
     symmetric: bool
     matvecs: Callable[[Vector], Vector] | None = None
+    second_moment: Vector | None = None
 
     def __call__(self, v: Vector) -> Vector:
         """Return A v."""

@@ -26,6 +26,7 @@ class ProblemResponse:
 
     Attributes:
         cost: gradients and products spent so far.
+        second_moment: see `Response`.
         inner_loss: the inner loss where it was last differentiated; None before.
         gradient_floor: see `Response`.
     """
@@ -48,6 +49,7 @@ class ProblemResponse:
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
         self._start_norm: float | None = None
+        self.second_moment: Vector | None = None
         self._set_up = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
@@ -81,6 +83,14 @@ class ProblemResponse:
             _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, training=False, pinned=True)
             self._start_norm = float(norm(gradient))
         return self._start_norm
+
+    def redraw(self) -> None:
+        """See `Response.redraw`."""
+        problem = self._problem
+        self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
+        self._start_norm = None
+        torch.rand(1, device=self._device)  # moves on the generator that dropout draws from
+        self._random = get_random(self._device)
 
     def label(self, name: str) -> str:
         """See `Response.label`."""
@@ -117,7 +127,9 @@ class ProblemResponse:
 
     def solve_inner(self, lower: Vector, upper: Vector) -> InnerSolution:
         """Run the inner solver from `lower`."""
-        return self._solver.solve(self, lower, upper)
+        solution = self._solver.solve(self, lower, upper)
+        self.second_moment = solution.second_moment
+        return solution
 
     def draw(self) -> Any:
         """See `Task.draw`."""

@@ -6,6 +6,7 @@ if __name__ == "solvers":
 from collections.abc import Callable, Mapping
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.fixed_point import FixedPoint
 from bilevel.solvers.implicit import Implicit
@@ -49,6 +50,7 @@ __all__ = [
     "CG",
     "GMRES",
     "METHODS",
+    "Averaged",
     "MINRES",
     "Cholesky",
     "Estimator",

@@ -32,6 +32,8 @@ class Response(Protocol):
     """
 
     cost: Cost
+    second_moment: Vector | None
+    """Mean square of the gradients that an adaptive inner optimizer met on its way; a preconditioner may use it."""
     gradient_floor: float
     """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
 
@@ -57,6 +59,10 @@ class Response(Protocol):
     @property
     def has_step(self) -> bool:
         """Say whether the inner solver can be differentiated: `initial_state`, `step`, `unroll_steps`."""
+        ...
+
+    def redraw(self) -> None:
+        """Draw the next batches and new random numbers: another sample of the same problem."""
         ...
 
     def unroll_steps(self) -> int:
@@ -148,7 +154,13 @@ class Linearization:
         self.residual = detach(attached)
         if not is_finite(self.residual):
             raise NonFiniteError("the gradient of the inner loss is not finite", "inner gradient")
-        self.operator = LinearOperator(self._product, self._lower, symmetric=True, matvecs=self._products)
+        self.operator = LinearOperator(
+            self._product,
+            self._lower,
+            symmetric=True,
+            matvecs=self._products,
+            second_moment=response.second_moment,
+        )
 
     def _product(self, v: Vector) -> Vector:
         self._cost.products += 1

@@ -21,11 +21,13 @@ class InnerSolution:
         value: the inner variables, without a graph.
         steps: iterations taken; 1 for a user's own loop.
         status: "converged", "steps" (a fixed number was asked for and taken), "max_steps" or "stalled".
+        second_moment: mean square of the gradients met, where the solver keeps one (Adam, RMSProp); else None.
     """
 
     value: Vector
     steps: int
     status: str
+    second_moment: Vector | None = None
 
 
 class Task(Response, Protocol):

@@ -16,7 +16,7 @@ import torchopt
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.inner.base import Decay
 from bilevel.inner.stepwise import Setting, Stepwise, check_number, is_zero
-from bilevel.vector import Vector, axpy, zeros_like
+from bilevel.vector import Vector, axpy, detach, zeros_like
 
 # Inside Adam's square root: sqrt has no derivative at 0, where an entry of the gradient has been 0 so far. Far below
 # the square of Adam's eps, so the values stay those of torch.optim to the last digits.
@@ -136,6 +136,10 @@ class Adam(Stepwise):
     def initial_state(self, lower: Vector) -> Any:
         """Return zero moments."""
         return self._moments().init(lower)
+
+    def second_moment(self, state: Any) -> Vector | None:
+        """See `Stepwise.second_moment`."""
+        return detach(dict(state.nu))
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""

@@ -76,7 +76,11 @@ class Stepwise:
                 "learning rate",
                 "inner variables",
             )
-        return InnerSolution(detach(w), steps, "steps")
+        return InnerSolution(detach(w), steps, "steps", self.second_moment(state))
+
+    def second_moment(self, state: Any) -> Vector | None:
+        """Return the mean square of the gradients that the state holds; None for an optimizer that keeps none."""
+        return None
 
     def step(self, task: Task, lower: Vector, state: Any, upper: Vector, t: int) -> tuple[Vector, Any]:
         """Take step `t`; the result has a graph where `lower` requires a gradient."""

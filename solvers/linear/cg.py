@@ -33,7 +33,7 @@ from bilevel.solvers.linear.base import (
     start_from,
     wide,
 )
-from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
+from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal, kept_positive
 from bilevel.vector import Vector, flatten, unflatten
 
 REFRESH = 50  # steps between two recomputations of the true residual
@@ -53,7 +53,8 @@ class CG:
             accurate and slower; the error of x is at most the condition number times rtol.
         max_steps: most iterations; None: ten times the number of unknowns, at most 10,000.
         preconditioner: "auto" estimates the diagonal by 8 products after 50 steps without convergence, and uses it
-            where entries differ a hundredfold; "diagonal" does so from the start; a function v -> M^-1 v is the
+            where entries differ a hundredfold; "diagonal" does so from the start; "second-moment" takes
+            the root of the second moment that inner.Adam ended with, at no product; a function v -> M^-1 v is the
             user's own, symmetric positive definite; None: none.
 
     >>> import torch
@@ -65,14 +66,15 @@ class CG:
 
     rtol: float | None = None
     max_steps: int | None = None
-    preconditioner: Literal["auto", "diagonal"] | Callable[[Vector], Vector] | None = "auto"
+    preconditioner: Literal["auto", "diagonal", "second-moment"] | Callable[[Vector], Vector] | None = "auto"
     truncates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
-        if not (self.preconditioner in ("auto", "diagonal", None) or callable(self.preconditioner)):
+        if not (self.preconditioner in ("auto", "diagonal", "second-moment", None) or callable(self.preconditioner)):
             raise InvalidValueError(
-                f'`preconditioner` is {self.preconditioner!r}, expected "auto", "diagonal", None or a function'
+                f'`preconditioner` is {self.preconditioner!r}, expected "auto", "diagonal", "second-moment", '
+                "None or a function"
             )
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
@@ -99,10 +101,19 @@ class CG:
         chosen = self.preconditioner
         if callable(chosen):
             return lambda r: flatten(chosen(unflatten(r, rhs))), 0.0
-        if chosen == "diagonal":
-            diagonal = estimate_diagonal(operator)
+        if chosen in ("diagonal", "second-moment"):
+            diagonal = estimate_diagonal(operator) if chosen == "diagonal" else _root_of_second_moment(operator)
             return lambda r: r / diagonal, float(diagonal.min())
         return lambda r: r, 1.0
+
+
+def _root_of_second_moment(operator: LinearOperator) -> Tensor:
+    if operator.second_moment is None:
+        raise InvalidValueError(
+            'CG(preconditioner="second-moment") needs an inner solver that keeps one, and an inner solve before; use '
+            'inner_solver=bilevel.inner.Adam(...), or preconditioner="diagonal"'
+        )
+    return kept_positive(wide(operator.second_moment).sqrt())
 
 
 class _Run:

@@ -25,7 +25,12 @@ def estimate_diagonal(operator: LinearOperator, probes: int = PROBES) -> Tensor:
     for _ in range(probes):
         signs = torch.randint(0, 2, (operator.size,), generator=generator).to(like) * 2 - 1
         total += signs * operator.flat(signs)
-    size = (total / probes).abs()
+    return kept_positive(total / probes)
+
+
+def kept_positive(diagonal: Tensor) -> Tensor:
+    """Return absolute values, kept above a tenth of their median."""
+    size = diagonal.abs()
     median = size.median()
     return size.clamp(min=float(FLOOR * median)) if float(median) > 0.0 else torch.ones_like(size)
 
