@@ -3,7 +3,7 @@
     g = mean of g_1 ... g_n        standard error = sqrt( sum |g_i - g|^2 / (n (n - 1)) )
 
 For losses on minibatches, where one draw is one noisy hypergradient. The error of a mean of n independent draws falls
-like 1 / sqrt(n); what all draws have in common (a small batch is more curved than all data) does not average out.
+like 1 / sqrt(n); the bias that all draws share (a mean of inverses is no inverse of a mean) does not average out.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bilevel
 from bilevel import check_command, inner
 from bilevel.cli import main
-from bilevel.preflight import training
+from bilevel.preflight import losses, training
 from bilevel.preflight.probes import free_memory
 from bilevel.solvers import estimator
 from bilevel.testing import known_problems
@@ -629,3 +630,9 @@ def test_a_wrong_gradient_ends_in_1(
     )
     assert main(["check", f"{tmp_path / 'f.py'}:good", "--gradient"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_bugs_of_this_library_are_not_blamed_on_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "outer_gradient", operator.itemgetter(0))  # raises without a line of the user's
+    with pytest.raises(TypeError, match="itemgetter"):
+        bilevel.check(problem_of())

@@ -93,8 +93,10 @@ class DryRun:
             message, _, cure = str(error).partition("; ")
             self.add("error", subject, message, cure or remedy)
         except MISTAKES as error:
-            first = (str(error).splitlines() or [""])[0]
-            self.add("error", subject, f"{type(error).__name__}: {first}{_where(error)}", remedy or "mend the function")
+            first, where = (str(error).splitlines() or [""])[0], _where(error)
+            if not where and not isinstance(error, RuntimeError):
+                raise  # torch raises RuntimeError without the user's code on the stack; anything else is our own bug
+            self.add("error", subject, f"{type(error).__name__}: {first}{where}", remedy or "mend the function")
 
 
 def _where(error: BaseException) -> str:

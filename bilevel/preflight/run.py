@@ -17,7 +17,6 @@ from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import CG, MINRES, Cholesky, Estimator, Neumann, estimator
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
-from bilevel.solvers.linear.base import default_rtol
 from bilevel.vector import size
 
 
@@ -72,8 +71,9 @@ def _inspect(dry: DryRun, response: ProblemResponse) -> None:
     check_steps(dry, response)
     check_hyperparameters(dry)
     check_curvature(dry)
+    costs = _predicted(dry)
     with dry.tried("problem"):
-        dry.costs = measure(dry, response, _predicted(dry))
+        dry.costs = measure(dry, response, costs)
 
 
 @contextmanager
@@ -116,6 +116,6 @@ def _linear_products(dry: DryRun, n: int) -> tuple[int | None, int]:
     if isinstance(solver, Neumann):
         return solver.max_steps, 0
     if isinstance(solver, (CG, MINRES)) and dry.condition is not None:
-        rtol = max(default_rtol(solver.rtol, dry.first.dtype), 1e-16)
+        rtol = max(solver.rtol or (1e-8 if dry.double else 1e-5), 1e-16)
         return min(n, math.ceil(0.5 * math.sqrt(dry.condition) * math.log(2.0 / rtol)) + 1), 0
     return None, 0
