@@ -43,6 +43,11 @@ class Averaged:
                 "an implicit one"
             )
 
+    @property
+    def sees_steps(self) -> bool:
+        """As the averaged estimator does; see `Estimator`."""
+        return bool(getattr(self.estimator, "sees_steps", False))
+
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
