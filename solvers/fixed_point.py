@@ -11,6 +11,7 @@ the map need not be the one that trained the inner variables.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
+from bilevel.operators import LinearOperator
 from bilevel.solvers.base import (
     Linearization,
+    OuterGradient,
     Response,
     State,
     add_terms,
@@ -29,11 +32,14 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
+from bilevel.solvers.correction import MOST, Bound, Equation, Solved, correct, loosely
+from bilevel.solvers.linear import GMRES
 from bilevel.solvers.linear.base import check_count, check_settings, default_rtol, dtype_of
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.vector import Vector, axpy, detach, leaves, norm, subtract, zeros_like
+from bilevel.vector import Vector, axpy, detach, leaves, norm, scale, subtract, zeros_like
 
 GROWTH = 10.0  # an increment this many times the first one ends the iteration
+GMRES_RTOL = 0.03  # of the correction to u
 MEMORY = 10  # steps over which the contraction is averaged; momentum makes single steps oscillate
 
 
@@ -70,14 +76,10 @@ class FixedPoint:
         u, increments = _iterate(step, rhs, state, rtol, self.max_steps)
         gradient = add_terms(response, outer.upper, step.onto_upper(u), upper, _UNSEEN)
         shrink = _contraction(increments)
+        error = _error(response, outer, step, lower, upper, u, gradient, shrink, len(increments))
         inner = ratio(float(norm(system.residual)), inner_scale(response, system, lower, upper))
-        certificate = _certificate(
-            inner,
-            ratio(increments[-1], float(norm(rhs))),
-            ratio(increments[-1], float(norm(u))),
-            shrink,
-            ratio(float(norm(step.displacement())), float(norm(lower))),
-        )
+        displacement = ratio(float(norm(step.residual)), float(norm(lower)))
+        certificate = _certificate(inner, ratio(increments[-1], float(norm(u))), shrink, displacement, error)
         return Hypergradient(gradient, outer.loss, lower, certificate, response.cost), u
 
 
@@ -102,18 +104,36 @@ class _Map(Protocol):
         """Return (dΦ/dλ)^T u."""
         ...
 
-    def displacement(self) -> Vector:
-        """Return Φ(w) - w, zero at a fixed point."""
+    residual: Vector
+    """w - Φ(w) from rest, zero at a fixed point: what the inner solution is stationary for."""
+
+    @property
+    def operator(self) -> LinearOperator:
+        """Return the derivative of `residual`, symmetric but for Adam and its kin."""
+        ...
+
+    def moved(self, response: Response, system: Linearization, lower: Vector, upper: Vector) -> _Map:
+        """Return the same step at other inner variables."""
+        ...
+
+    @property
+    def symmetric(self) -> bool:
+        """Say whether dΦ/dw is known to be symmetric."""
         ...
 
 
 class _GradientStep:
     """Φ(w) = w - α R(w), α = 1 / (largest eigenvalue)."""
 
-    def __init__(self, system: Linearization) -> None:
+    symmetric = True
+
+    def __init__(self, system: Linearization, size: float | None = None) -> None:
         self._system = system
-        _, high = extreme_eigenvalues(system.operator)
-        self._size = 1.0 / high if high > 0.0 else 1.0
+        if size is None:
+            _, high = extreme_eigenvalues(system.operator)
+            size = 1.0 / high if high > 0.0 else 1.0
+        self._size = size
+        self.residual = scale(size, system.residual)
 
     def embed(self, outer: Vector) -> Vector:
         return outer
@@ -125,8 +145,12 @@ class _GradientStep:
         pulled = self._system.pull_back(u)
         return negative({name: None if t is None else self._size * t for name, t in pulled.items()})
 
-    def displacement(self) -> Vector:
-        return {name: -self._size * t for name, t in self._system.residual.items()}
+    @property
+    def operator(self) -> LinearOperator:
+        return LinearOperator(lambda v: scale(self._size, self._system.operator(v)), self.residual, symmetric=True)
+
+    def moved(self, response: Response, system: Linearization, lower: Vector, upper: Vector) -> _Map:
+        return _GradientStep(system, self._size)
 
 
 class _InnerStep:
@@ -135,10 +159,13 @@ class _InnerStep:
     The state is named "state.0", "state.1", ... in the vectors.
     """
 
+    symmetric = False
+
     def __init__(self, response: Response, lower: Vector, upper: Vector) -> None:
         self._response, self._cost, self._lower = response, response.cost, lower
         last = response.unroll_steps() - 1
-        _, still = response.step(detach(lower), response.initial_state(lower), detach(upper), last)
+        after, still = response.step(detach(lower), response.initial_state(lower), detach(upper), last)
+        self.residual = subtract(lower, detach(after))
         tensors, spec = optree.tree_flatten(still)
         w, self._upper = leaves(lower), leaves(upper)
         tensors = [t.detach().requires_grad_() if _is_float(t) else t for t in tensors]
@@ -164,8 +191,16 @@ class _InnerStep:
     def onto_upper(self, u: Vector) -> dict[str, Tensor | None]:
         return self._pull(self._upper, u)
 
-    def displacement(self) -> Vector:
-        return subtract(detach({name: self._outputs[name] for name in self._lower}), self._lower)
+    @property
+    def operator(self) -> LinearOperator:
+        def product(v: Vector) -> Vector:
+            pulled = self.pull(self.embed(v))
+            return {name: t - pulled[name] for name, t in v.items()}
+
+        return LinearOperator(product, self.residual, symmetric=True)
+
+    def moved(self, response: Response, system: Linearization, lower: Vector, upper: Vector) -> _Map:
+        return _InnerStep(response, lower, upper)
 
 
 def _named(state: list[Any]) -> Vector:
@@ -198,17 +233,58 @@ def _contraction(increments: list[float]) -> float:
     return ratio(recent[-1], recent[0]) ** (1.0 / (len(recent) - 1)) if len(recent) > 1 else 0.0
 
 
-def _certificate(inner: float, adjoint: float, increment: float, shrink: float, displacement: float) -> Certificate:
-    """Judge by geometric extrapolation: what is missing is increment * ρ / (1 - ρ), ρ the contraction."""
+def _equation(outer: OuterGradient, step: _Map, lower: Vector) -> Equation:
+    """Return u = (∂Φ/∂w)^T u + ∂f/∂w."""
+    rhs, size = step.embed(outer.lower), float(norm(lower))
+    return Equation(outer, step.residual, size, lambda u: axpy(1.0, step.pull(u), subtract(rhs, u)), step.onto_upper)
+
+
+def _error(
+    response: Response,
+    outer: OuterGradient,
+    step: _Map,
+    lower: Vector,
+    upper: Vector,
+    u: Vector,
+    gradient: Vector,
+    shrink: float,
+    spent: int,
+) -> float | None:
+    """Estimate the error by one correction (see `bilevel.solvers.correction`); None for a step that does not shrink."""
     if not shrink < 1.0:
-        return Certificate("untrusted", inner, adjoint, reasons=(_GROWS,))
-    error = increment * shrink / (1.0 - shrink) + displacement / (1.0 - shrink)
+        return None
+    maps = [step]
+
+    def there(w: Vector) -> Equation:
+        system = Linearization(response, w, upper)
+        maps.append(step.moved(response, system, w, upper))
+        return _equation(outer_gradient(response, w, upper), maps[-1], w)
+
+    def solve_adjoint(r: Vector, size: float, settled: Callable[[Bound], bool]) -> Solved:
+        rest = LinearOperator(lambda v: subtract(v, maps[-1].pull(v)), u, symmetric=step.symmetric)
+        if step.symmetric:
+            return loosely(rest, math.inf, spent)(r, size, settled)
+        most = max(MOST, spent // 2)
+        found = GMRES(rtol=GMRES_RTOL, max_steps=most, restart=most).solve(rest, r)
+        return Solved(found.value, found.residual, 1.0 - shrink)
+
+    solve, here = loosely(step.operator, math.inf, spent), _equation(outer, step, lower)
+    found = correct(lower, upper, gradient, u, here, there, response, solve, solve_adjoint)
+    return None if found is None else found.error
+
+
+def _certificate(
+    inner: float, increment: float, shrink: float, displacement: float, error: float | None
+) -> Certificate:
+    """Judge by the estimated error; an iteration that does not shrink has none."""
+    if not shrink < 1.0:
+        return Certificate("untrusted", inner, increment, reasons=(_GROWS,))
     hint = (
         f"the last iteration changed the adjoint by {increment:.1e} (raise `max_steps`) and one more inner step "
         f"changes the inner variables by {displacement:.1e} of their size (train the inner problem further)"
     )
     verdict, reasons = judge(error, [], by_design=False, hint=hint)
-    return Certificate(verdict, inner, adjoint, error=error, reasons=tuple(reasons))
+    return Certificate(verdict, inner, increment, error=error, reasons=tuple(reasons))
 
 
 _GROWS = (

@@ -17,19 +17,20 @@ from bilevel.errors import InvalidTypeError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import (
     Linearization,
+    OuterGradient,
     Response,
     State,
     add_terms,
     inner_scale,
     negative,
     outer_gradient,
-    present,
     ratio,
 )
+from bilevel.solvers.correction import Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.vector import Vector, dot, norm
+from bilevel.vector import Vector, dot, norm, subtract
 
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
@@ -79,7 +80,7 @@ class Implicit:
         gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
         adjoint = _adjoint(system.operator, solution, warm)
         curvature = adjoint["curvature"]
-        certificate = _certify(response, system, solution, curvature, lower, upper, gradient, solver.truncates)
+        certificate = _certify(response, outer, system, solution, curvature, lower, upper, gradient, solver.truncates)
         certificate = replace(certificate, notes=notes)
         correction = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
         return Hypergradient(gradient, outer.loss, lower, certificate, response.cost, correction), adjoint
@@ -122,8 +123,20 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
     return Adjoint(value=solution.value, curvature=seen, steps=solution.steps)
 
 
+def _equation(outer: OuterGradient, system: Linearization, scale: float) -> Equation:
+    """Return H v = ∂f/∂w."""
+    return Equation(
+        outer,
+        system.residual,
+        scale,
+        lambda v: subtract(outer.lower, system.operator(v)),
+        lambda v: negative(system.pull_back(v)),
+    )
+
+
 def _certify(
     response: Response,
+    outer: OuterGradient,
     system: Linearization,
     solution: LinearSolution,
     curvature: float,
@@ -132,19 +145,20 @@ def _certify(
     gradient: Vector,
     by_design: bool,
 ) -> Certificate:
-    """Estimate the error from the two residuals and the smallest curvature μ, and judge.
-
-    adjoint part: |B^T (b - Hv)| / μ over |dF/dλ|,   B = ∂R/∂λ
-    inner part:   |R| / μ over |w|, the relative distance to the inner solution
-    """
-    inner_norm = float(norm(system.residual))
-    inner = ratio(inner_norm, inner_scale(response, system, lower, upper))
-    error, inner_error = None, 0.0
+    """Estimate the error by one correction (see `bilevel.solvers.correction`), and judge."""
+    scale = inner_scale(response, system, lower, upper)
+    inner = ratio(float(norm(system.residual)), scale)
+    correction = None
     if curvature > 0.0:
-        left_over = present(system.pull_back(solution.residual)) if solution.relative > 0.0 else {}
-        inner_error = ratio(inner_norm / curvature, float(norm(lower)))
-        size = max(float(norm(gradient)), response.gradient_floor)
-        error = ratio(float(norm(left_over)) / curvature, size) + inner_error
+        solve = loosely(system.operator, curvature, solution.steps)
+        if solution.inverse is not None:
+            solve = factored(solution.inverse, curvature)
+        here = replace(_equation(outer, system, scale), defect=lambda v: solution.residual)
+
+        def there(w: Vector) -> Equation:
+            return _equation(outer_gradient(response, w, upper), Linearization(response, w, upper), scale)
+
+        correction = correct(lower, upper, gradient, solution.value, here, there, response, solve)
     wrong = []
     if solution.status in FATAL or not (curvature > 0.0 or solution.relative == 0.0):
         wrong.append(EXPLANATIONS.get(solution.status) or EXPLANATIONS["nonpositive curvature"])
@@ -153,6 +167,7 @@ def _certify(
         f"inner solver) and the adjoint residual is {solution.relative:.1e} (a smaller `rtol` or more `max_steps` of "
         f"the linear solver); {EXPLANATIONS[solution.status] or 'the linear solver converged'}"
     )
-    as_designed = by_design and inner_error < INNER_TOLERANCE
+    error = None if correction is None else correction.error
+    as_designed = by_design and correction is not None and correction.moved < INNER_TOLERANCE
     verdict, reasons = judge(error, wrong, by_design=as_designed, hint=hint)
     return Certificate(verdict, inner, solution.relative, curvature, error, tuple(reasons))

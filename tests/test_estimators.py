@@ -100,7 +100,7 @@ def test_a_certificate_of_exact_is_true(known: KnownProblem, method: str) -> Non
     found = at_truth(known, method)
     error = relative_error(found.gradient, known.truth.gradient)
     if found.certificate.verdict == "exact":
-        assert error < 1e-4, found.certificate
+        assert error < 1e-3, found.certificate  # the contract's bound for "exact"
     elif not found.certificate.trusted:
         assert found.certificate.reasons
     assert found.outer_loss == pytest.approx(known.truth.outer_loss, rel=1e-9)

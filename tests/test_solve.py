@@ -423,10 +423,11 @@ def test_the_cost_of_a_step_is_counted_exactly() -> None:
     problem = RIDGE.problem(inner.SGD(lr=0.3, steps=10))
     solution = solve(problem, "direct", steps=3, outer_optimizer=sgd, on_untrusted="ignore")
     for record in [solution.start, *solution.history]:
-        # 10 steps, the outer gradient, the residual, and the inner gradient at the start for its scale.
-        assert record.gradients == 10 + 3
-        # 6 columns of the Hessian, H w for the scale, and two pulls onto λ: the adjoint and its residual.
-        assert record.products == 6 + 3
+        # 10 steps, the outer gradient, the residual, and the inner gradient at the start for its scale; the first two
+        # again where the error is estimated.
+        assert record.gradients == 10 + 3 + 2
+        # 6 columns of the Hessian, H w for the scale and a pull of the adjoint onto λ; one of each for the error.
+        assert record.products == 6 + 2 + 2
         assert (record.inner_steps, record.inner_solves) == (10, 1)
     unrolled = solve(problem, "unroll", steps=3, outer_optimizer=sgd)
     for record in [unrolled.start, *unrolled.history]:

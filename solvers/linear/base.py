@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -47,6 +48,7 @@ class LinearSolution:
         relative: its norm over that of b (0 for b = 0).
         curvature: the smallest Rayleigh quotient p·Ap / p·p over the directions met; None if the
             solver looked at none.
+        inverse: r -> A^-1 r for other right-hand sides, where the solver has factored A.
     """
 
     value: Vector
@@ -55,6 +57,7 @@ class LinearSolution:
     residual: Vector
     relative: float
     curvature: float | None
+    inverse: Callable[[Vector], Vector] | None = None
 
 
 class LinearSolver(Protocol):

@@ -7,6 +7,7 @@ whatever the dtype of the problem.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,17 +39,37 @@ class Cholesky:
         A, b = operator.dense().double(), flatten(rhs).double()
         if operator.symmetric:
             A = (A + A.T) / 2
-            x, curvature, status = _solve_symmetric(A, b, torch.finfo(flatten(rhs).dtype).eps)
+            factored = _factor_symmetric(A, b, torch.finfo(flatten(rhs).dtype).eps)
         else:
-            (x, info), curvature = torch.linalg.solve_ex(A, b), None
-            status = "singular" if int(info) else "converged"
+            factored = _factor(A)
+        inverse, curvature, status = factored
+        x = inverse(b)
         residual, size = b - A @ x, inner(b, b) ** 0.5
         relative = inner(residual, residual) ** 0.5 / size if size > 0.0 else 0.0
-        return LinearSolution(unflatten(x, rhs), status, 1, unflatten(residual, rhs), relative, curvature)
+        return LinearSolution(
+            unflatten(x, rhs),
+            status,
+            1,
+            unflatten(residual, rhs),
+            relative,
+            curvature,
+            lambda r: unflatten(inverse(flatten(r).double()), rhs),
+        )
 
 
-def _solve_symmetric(A: Tensor, b: Tensor, resolution: float) -> tuple[Tensor, float, Status]:
-    """Return x, the smallest eigenvalue that is not zero (estimated from above) and the status.
+Inverse = Callable[[Tensor], Tensor]
+Factored = tuple[Inverse, float | None, Status]
+
+
+def _factor(A: Tensor) -> Factored:
+    """Return r -> A^-1 r, no curvature, and the status."""
+    LU, pivots, info = torch.linalg.lu_factor_ex(A)
+    status: Status = "singular" if int(info) else "converged"
+    return lambda r: torch.linalg.lu_solve(LU, pivots, r[:, None])[:, 0], None, status
+
+
+def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
+    """Return r -> A^-1 r, the smallest eigenvalue that is not zero (estimated from above) and the status.
 
     Args:
         A: symmetric, float64.
@@ -63,13 +84,18 @@ def _solve_symmetric(A: Tensor, b: Tensor, resolution: float) -> tuple[Tensor, f
             v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
         curvature = inner(v, A @ v) / inner(v, v)
         if curvature > rounding:
-            return torch.cholesky_solve(b[:, None], factor)[:, 0], curvature, "converged"
+            return lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0], curvature, "converged"
     values, vectors = torch.linalg.eigh(A)
     seen = vectors.T @ b
     null = values.abs() <= rounding
-    x = vectors @ torch.where(null, torch.zeros_like(seen), seen / values)
+
+    def inverse(r: Tensor) -> Tensor:
+        parts = vectors.T @ r
+        x: Tensor = vectors @ torch.where(null, torch.zeros_like(parts), parts / values)
+        return x
+
     if bool(null.all()) or bool(seen[null].norm() > 1e-6 * b.norm()):
-        return x, float(values[0]), "singular"
+        return inverse, float(values[0]), "singular"
     # Directions that neither loss bends, such as a shift of all softmax biases, do no harm: b has nothing there.
     curvature = float(values[~null][0])
-    return x, curvature, "converged" if curvature > 0.0 else "nonpositive curvature"
+    return inverse, curvature, "converged" if curvature > 0.0 else "nonpositive curvature"
