@@ -1,0 +1,136 @@
+"""Right, flagged or silently wrong: random problems and traps under every method.
+
+    python -m benchmarks.trust [--problems 5000] [--seed 0] [--rivals]
+
+Every hypergradient falls into one class:
+- right: trusted, and its true relative error is at most 1e-2 (verdict "exact") or 0.5 (verdict "approximate");
+- flagged: the verdict is "untrusted", or the library refused with an error of its own;
+- silently wrong: trusted, and its true error is larger, or there is no right answer;
+- crashed: any other exception.
+A healthy problem is wrongly flagged when the answer was right all the same: a true error below 1e-3 (a method that is
+exact in the limit) or 0.5 (one that approximates by design).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.traps import NO_TRUTH, Case, Run, draw_case, error_of
+from bilevel import METHODS, Implicit, Truncated, hypergradient
+from bilevel.errors import BilevelError
+from bilevel.solvers import Estimator
+
+WRONG_ABOVE = {"exact": 1e-2, "approximate": 0.5}
+FINE_BELOW = {True: 0.5, False: 1e-3}  # by whether the method approximates by design
+Outcome = Literal["right", "flagged", "silently wrong", "crashed"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one hypergradient."""
+
+    case: str
+    seed: int
+    healthy: bool
+    method: str
+    outcome: Outcome
+    fine: bool
+    detail: str
+
+
+def by_design(method: Estimator) -> bool:
+    """Say whether the method approximates by design."""
+    if isinstance(method, Implicit):
+        return method.linear_solver is not None and method.linear_solver.truncates
+    return isinstance(method, Truncated)
+
+
+def judge_run(case: Case, run: Run, seed: int) -> Verdict:
+    """Ask for one hypergradient and judge it."""
+
+    def verdict(outcome: Outcome, fine: bool, detail: str) -> Verdict:
+        return Verdict(case.name, seed, case.healthy, run.method, outcome, fine, f"{run.estimator}: {detail}")
+
+    torch.manual_seed(case.seed)
+    try:
+        found = hypergradient(run.problem, run.estimator, params=run.params, on_untrusted="ignore")
+    except BilevelError as refused:
+        return verdict("flagged", False, str(refused))
+    except Exception:  # noqa: BLE001  a crash is one of the outcomes that are counted
+        return verdict("crashed", False, traceback.format_exc(limit=-3))
+    error = float("inf") if run.truth is NO_TRUTH else error_of(found.gradient, run.truth)
+    certificate = found.certificate
+    detail = f"error {error:.1e}, {certificate}"
+    if not certificate.trusted:
+        return verdict("flagged", error < FINE_BELOW[by_design(run.estimator)], detail)
+    return verdict("right" if error <= WRONG_ABOVE[certificate.verdict] else "silently wrong", True, detail)
+
+
+def verdicts(problems: int, seed: int) -> Iterator[Verdict]:
+    """Yield the outcome of every method on `problems` random problems."""
+    for i in range(seed * 1_000_003, seed * 1_000_003 + problems):
+        case = draw_case(i)
+        for run in case.runs:
+            yield judge_run(case, run, i)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.1%})" if whole else "-"
+
+
+def table(found: Sequence[Verdict], by: Literal["method", "case"]) -> str:
+    """Return the counts as Markdown."""
+    lines = [
+        f"| {by} | healthy: right | flagged | wrongly flagged | traps: right | flagged | silently wrong | crashed |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    keys = METHODS if by == "method" else dict.fromkeys(v.case for v in sorted(found, key=lambda v: not v.healthy))
+    for key in [*keys, "all"]:
+        mine = [v for v in found if key in ("all", getattr(v, by))]
+        count = Counter((v.healthy, v.outcome) for v in mine)
+        healthy = sum(v.healthy for v in mine)
+        wrongly = sum(v.healthy and v.outcome == "flagged" and v.fine for v in mine)
+        name = f"`{key}`" if by == "method" and key != "all" else key
+        bad = [sum(count[h, outcome] for h in (True, False)) for outcome in ("silently wrong", "crashed")]
+        lines.append(
+            f"| {name} | {count[True, 'right']} | {count[True, 'flagged']} | {_share(wrongly, healthy)} "
+            f"| {count[False, 'right']} | {count[False, 'flagged']} | {bad[0]} | {bad[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the study."""
+    parser = argparse.ArgumentParser(description="right, flagged or silently wrong")
+    parser.add_argument("--problems", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rivals", action="store_true", help="the same problems through TorchOpt, betty-ml and BOAT")
+    parser.add_argument(
+        "--show", type=int, default=0, help="print this many of the verdicts that are not as they should"
+    )
+    options = parser.parse_args()
+    if options.rivals:
+        from benchmarks import rivals
+
+        print(rivals.study(options.problems, options.seed))
+        return
+    begin = time.perf_counter()
+    found = list(verdicts(options.problems, options.seed))
+    print(f"{options.problems} problems, {len(found)} hypergradients, {time.perf_counter() - begin:.0f} s\n")
+    print(table(found, "method"), table(found, "case"), sep="\n\n")
+    bad: list[Any] = [v for v in found if v.outcome in ("silently wrong", "crashed")]
+    bad += [v for v in found if v.healthy and v.outcome == "flagged" and v.fine]
+    for v in bad[: options.show]:
+        print(f"\n{v.outcome}, seed {v.seed}, {v.case}, {v.method}, {v.detail}")
+
+
+if __name__ == "__main__":
+    main()
