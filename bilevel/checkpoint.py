@@ -48,6 +48,11 @@ class Keeper:
         self._checkpoint, self._label = checkpoint, label
         self._written_at, self._cost, self._steps = time.perf_counter(), 0.0, 0
 
+    @property
+    def active(self) -> bool:
+        """There is a file to write."""
+        return self._checkpoint is not None
+
     def resume(self, run: Run) -> dict[str, Any] | None:
         """Bring `run` to the state in the file and return the walker's part of it; None without a file."""
         if self._checkpoint is None or not os.path.exists(self._checkpoint.path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -49,6 +50,17 @@ class Batches:
                 f"or an iterable of batches{instead}"
             )
         self.deterministic = self._stream is None
+
+    def twin(self) -> Batches:
+        """Return a second reader of the same data, with a position of its own."""
+        other = copy.copy(self)
+        other._iterator, other._drawn, other._random = None, 0, None
+        return other
+
+    def restart(self) -> None:
+        """Begin a new pass with the next draw; an iterator that cannot go back goes on."""
+        if self._stream is not None and not isinstance(self._stream, Iterator):
+            self._iterator, self._drawn, self._random = None, 0, None
 
     def draw(self) -> Any:
         """Return the one batch, or the next of the stream."""

@@ -66,50 +66,73 @@ def _made(factory: Callable[..., torch.optim.Optimizer], tensors: list[torch.nn.
 
 
 def descend_lbfgs(run: Run, keeper: Keeper) -> None:
-    """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end.
+    """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end."""
+    search = _Search(run, keeper)
+    start, low, high = (flatten(v).double().cpu().numpy() for v in (run.free_start, run.low, run.high))
+    lbfgs(search.function, start, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
+    raise Stop(
+        "stalled: L-BFGS found no lower outer loss along its direction; either the hypergradient is at the precision "
+        "of the losses, or F is not a smooth function of the hyperparameters (try "
+        "outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05))"
+    )
+
+
+class _Search:
+    """What SciPy's L-BFGS-B asks of a run.
 
     SciPy keeps the state of its search to itself. A resumed run therefore replays the values and gradients of the steps
     that were taken, which costs no evaluation and leads SciPy to the same state, bit for bit.
     """
-    like = run.free_start
-    device = next(iter(like.values())).device
-    evaluated: dict[bytes, Point] = {}
-    saved = keeper.resume(run)
-    seen: list[tuple[float, torch.Tensor]] = [] if saved is None else list(saved["seen"])
-    replay = iter(list(seen))
-    skip = len(run.history)
 
-    def scaled(value: float, gradient: torch.Tensor) -> tuple[float, Array]:
-        # In units of the first gradient: SciPy's first step is the gradient itself, which should move u by about 1.
-        unit = float(seen[0][1].norm()) or 1.0
-        return value / unit, (gradient / unit).numpy()
+    def __init__(self, run: Run, keeper: Keeper) -> None:
+        self._run, self._keeper = run, keeper
+        saved = keeper.resume(run)
+        self._seen: list[tuple[float, torch.Tensor]] = [] if saved is None else list(saved["seen"])
+        self._replay = iter(list(self._seen))
+        self._skip = len(run.history)
+        # Since the accepted point: by the bytes of x, what SciPy was told, and how it was evaluated.
+        self._known: dict[bytes, tuple[float, torch.Tensor]] = {}
+        self._evaluated: dict[bytes, Point] = {}
+        self._accepted = b""
+        self._unit = 0.0
 
-    def function(x: Array) -> tuple[float, Array]:
-        for value, gradient in replay:
-            return scaled(value, gradient)
-        point = run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
-        if run.start is None:
-            run.accept(point)
-        evaluated[x.tobytes()] = point
+    def function(self, x: Array) -> tuple[float, Array]:
+        """Return F and its gradient at unconstrained values, in units of the first gradient's norm.
+
+        SciPy's first step is the gradient itself, which should move the values by about 1.
+        """
+        key = x.tobytes()
+        # A point is evaluated once: training again from another start may end in another minimum.
+        if key not in self._known:
+            self._known[key] = next(self._replay, None) or self._evaluate(x)
+        value, gradient = self._known[key]
+        self._unit = self._unit or float(gradient.norm()) or 1.0
+        return value / self._unit, (gradient / self._unit).numpy()
+
+    def _evaluate(self, x: Array) -> tuple[float, torch.Tensor]:
+        like = self._run.free_start
+        device = next(iter(like.values())).device
+        point = self._run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
+        if self._run.start is None:
+            self._run.accept(point)
+        self._evaluated[x.tobytes()] = point
         found = point.evaluation.hypergradient
-        seen.append((found.outer_loss + found.correction, flatten(point.gradient).double().cpu()))
-        return scaled(*seen[-1])
+        result = found.outer_loss + found.correction, flatten(point.gradient).double().cpu()
+        if self._keeper.active:
+            self._seen.append(result)
+        return result
 
-    def after_step(x: Array) -> bool:
-        nonlocal skip
-        if skip:
-            skip -= 1
+    def after_step(self, x: Array) -> bool:
+        """Accept the point that an iteration led to; True where it led back to the last one, which ends the search."""
+        key = x.tobytes()
+        if key == self._accepted:
+            return True
+        self._accepted = key
+        self._known = {key: self._known[key]}
+        if self._skip:
+            self._skip -= 1
             return False
-        point = evaluated[x.tobytes()]
-        evaluated.clear()  # one line search at a time, from the accepted point
-        evaluated[x.tobytes()] = point
-        run.accept(point)
-        keeper.after_step(run, {"seen": list(seen)})
+        self._evaluated = {key: self._evaluated[key]}
+        self._run.accept(self._evaluated[key])
+        self._keeper.after_step(self._run, {"seen": list(self._seen)})
         return False
-
-    start, low, high = (flatten(v).double().cpu().numpy() for v in (like, run.low, run.high))
-    lbfgs(function, start, max_steps=run.steps, bounds=(low, high), after_step=after_step)
-    raise Stop(
-        "stalled: L-BFGS found no lower outer loss along its direction; either the hypergradient is at the precision "
-        "of the losses, or F is not a smooth function of the hyperparameters (try outer_optimizer=torch.optim.Adam)"
-    )

@@ -71,8 +71,8 @@ class Evaluator:
             given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
+        lower, steps, status = self._inner(response, upper, given)
         with response.session():
-            lower, steps, status = self._inner(response, upper, given)
             found, self.state = self.estimator(response, lower, upper, self.state)
         self.lower = found.params
         return Evaluation(found, response.inner_loss, steps, status)

@@ -121,9 +121,12 @@ class Hyperparameters:
 
     def bounds(self) -> tuple[Vector, Vector]:
         """Return the lowest and the highest unconstrained values; infinite for no limit."""
+        start = self.free(self.layout.start)
         ends = {name: self.kinds.get(name, Real(t, ())).bounds() for name, t in self.layout.start.items()}
-        like = self.layout.start
-        return {n: e[0].to(like[n]) for n, e in ends.items()}, {n: e[1].to(like[n]) for n, e in ends.items()}
+        # A start value outside of the default range widens it: a run begins where the user said.
+        low = {name: torch.minimum(ends[name][0].to(u), u) for name, u in start.items()}
+        high = {name: torch.maximum(ends[name][1].to(u), u) for name, u in start.items()}
+        return low, high
 
     def write_back(self, natural: Vector) -> None:
         """Copy values into the user's tensors, and into the start values of typed hyperparameters."""

@@ -124,6 +124,7 @@ def solve(
     steps = 100 if steps is None else steps
     tol = tol if tol is not None else (1e-6 if dtype == torch.float64 else 1e-4)
     shown = sys.stderr.isatty() if progress is None else progress
+    problem.restart()
     with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
         report = [*callbacks, lambda record: _show(bar, record)]
         run = Run(

@@ -67,6 +67,9 @@ class BilevelProblem:
         _check_together(self.hparams.layout, first)
         self.inner_data, self.outer_data = inner_data, outer_data
         self.inner_batches = Batches(inner_data, "inner_data", first.device)
+        # The batch that certificates and implicit methods look at comes from a reader of its own, so that training sees
+        # every batch of a pass.
+        self.pinned_batches = self.inner_batches.twin()
         self.outer_batches = Batches(outer_data, "outer_data", first.device)
         _check_loss(inner_loss, "inner_loss", self.inner_batches.given)
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
@@ -96,12 +99,20 @@ class BilevelProblem:
 
     def position(self) -> dict[str, Any]:
         """Return where the streams of batches are."""
-        return {"inner": self.inner_batches.position(), "outer": self.outer_batches.position()}
+        return {name: batches.position() for name, batches in self._readers().items()}
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Bring the streams of batches to a position that `position` returned."""
-        self.inner_batches.go_to(position["inner"])
-        self.outer_batches.go_to(position["outer"])
+        for name, batches in self._readers().items():
+            batches.go_to(position[name])
+
+    def restart(self) -> None:
+        """Begin new passes through the data."""
+        for batches in self._readers().values():
+            batches.restart()
+
+    def _readers(self) -> dict[str, Batches]:
+        return {"inner": self.inner_batches, "pinned": self.pinned_batches, "outer": self.outer_batches}
 
     def __repr__(self) -> str:
         inner = sum(t.numel() for t in self.params.start.values())

@@ -67,7 +67,13 @@ class Hyperparameter(ABC):
 
     def tensor(self, like: Tensor) -> Tensor:
         """Return the natural start value; a plain number takes the dtype and device of `like`."""
-        return self.value.to(like) if self.follows_params else self.value
+        value = self.value.to(like) if self.follows_params else self.value
+        if not bool(torch.isfinite(self.free(value)).all()):
+            raise InvalidValueError(
+                f"{self!r} is {value.min().item():.4g} to {value.max().item():.4g} in {value.dtype}, at an end of its "
+                "range; start further inside, or use float64"
+            )
+        return value
 
     def __repr__(self) -> str:
         shape = tuple(self.value.shape)

@@ -47,7 +47,7 @@ class ProblemResponse:
         self.gradient_floor = gradient_floor
         self.cost = Cost()
         self.inner_loss: float | None = None
-        self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
+        self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
         self._start_norm: float | None = None
         self.second_moment: Vector | None = None
         self._set_up = False
@@ -87,7 +87,7 @@ class ProblemResponse:
     def redraw(self) -> None:
         """See `Response.redraw`."""
         problem = self._problem
-        self._inner_batch, self._outer_batch = problem.inner_batches.draw(), problem.outer_batches.draw()
+        self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
         self._start_norm = None
         torch.rand(1, device=self._device)  # moves on the generator that dropout draws from
         self._random = get_random(self._device)
@@ -157,12 +157,14 @@ class ProblemResponse:
             yield structures
 
     @contextmanager
-    def _lent(self, lower: Vector, upper: Vector, *, keep_buffers: bool) -> Iterator[tuple[Any, Any]]:
+    def _lent(
+        self, lower: Vector, upper: Vector, *, keep_buffers: bool, twice: bool = True
+    ) -> Iterator[tuple[Any, Any]]:
         """Lend the user's structures with these tensors, where a loss is run or differentiated."""
         with (
             self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
             self._problem.hparams.layout.bound(upper) as hparams,
-            self._twice(),
+            self._twice() if twice else nullcontext(),
             explained("differentiating the losses twice"),
         ):
             yield params, hparams
@@ -185,7 +187,7 @@ class ProblemResponse:
     ) -> tuple[Tensor, Vector]:
         problem = self._problem
         h = upper if create_graph else detach(upper)
-        with torch.enable_grad(), self._lent(lower, h, keep_buffers=training) as structures:
+        with torch.enable_grad(), self._lent(lower, h, keep_buffers=training, twice=create_graph) as structures:
             with self._randomness(pinned):
                 given = (*structures, batch) if problem.inner_batches.given else structures
                 value = _checked_scalar(problem.inner_loss(*given), "inner_loss")

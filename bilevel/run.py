@@ -31,10 +31,13 @@ class Stop(BaseException):
 
 
 class Point:
-    """An evaluated point: unconstrained values, the gradient over them, and how it was evaluated."""
+    """An evaluated point: unconstrained values, the gradient over them, how they were evaluated, modules' buffers."""
 
-    def __init__(self, free: Vector, natural: Vector, gradient: Vector, evaluation: Evaluation) -> None:
+    def __init__(
+        self, free: Vector, natural: Vector, gradient: Vector, evaluation: Evaluation, buffers: list[Vector]
+    ) -> None:
         self.free, self.natural, self.gradient, self.evaluation = free, natural, gradient, evaluation
+        self.buffers = buffers
 
 
 class Run:
@@ -43,7 +46,6 @@ class Run:
     Attributes:
         start: the record of the starting point; None before it was evaluated.
         history: the records of the steps.
-        status: why the run ended.
     """
 
     def __init__(
@@ -59,7 +61,6 @@ class Run:
         self.callbacks = callbacks
         self.start: Record | None = None
         self.history: list[Record] = []
-        self.status = ""
         self._on_untrusted = on_untrusted
         self._accepted: Point | None = None
         self._spent, self._inner_steps, self._solves = Cost(), 0, 0
@@ -85,7 +86,7 @@ class Run:
         self._solves += 1
         if self._on_untrusted == "raise":
             report_untrusted(found, "raise", stacklevel=1)
-        return Point(detach(free), natural, gradient, evaluation)
+        return Point(detach(free), natural, gradient, evaluation, self._buffers())
 
     def _located(self, error: NonFiniteError) -> NonFiniteError:
         step = 0 if self.start is None else len(self.history) + 1
@@ -102,8 +103,18 @@ class Run:
         else:
             self.history.append(record)
             for callback in self.callbacks:
-                callback(record)
+                try:
+                    callback(record)
+                except StopIteration as error:  # SciPy would take it for its own
+                    raise RuntimeError(
+                        "a callback raised StopIteration; to end a run, raise KeyboardInterrupt"
+                    ) from error
         limit = self.tol * self.start.hypergradient_norm
+        if size == 0.0 and not self.history:
+            raise Stop(
+                "converged: the hypergradient is exactly zero at the start; if that is a surprise, look for a term "
+                "of the inner loss that is detached from params (.detach(), .item(), float())"
+            )
         if size <= limit:
             raise Stop(
                 f"converged: the projected hypergradient norm {size:.1e} is at most tol={self.tol:g} times the first"
@@ -142,6 +153,15 @@ class Run:
         self._spent, self._inner_steps, self._solves, self._clock = Cost(), 0, 0, now
         return record
 
+    def _buffers(self) -> list[Vector]:
+        problem = self.evaluator.problem
+        return [problem.params.buffers(), problem.hparams.layout.buffers()]
+
+    def _set_buffers(self, buffers: list[Vector]) -> None:
+        problem = self.evaluator.problem
+        problem.params.set_buffers(buffers[0])
+        problem.hparams.layout.set_buffers(buffers[1])
+
     def layout(self) -> str:
         """Describe the variables and the method: a checkpoint goes on only with the same."""
         sides = (self.evaluator.problem.params.start, self.free_start)
@@ -156,7 +176,7 @@ class Run:
             "lower": evaluator.lower,
             "estimator": evaluator.state,
             "gradient_floor": evaluator.gradient_floor,
-            "buffers": [problem.params.buffers(), problem.hparams.layout.buffers()],
+            "buffers": self._buffers(),
             "position": problem.position(),
             "random": get_random(next(iter(self.free_start.values())).device),
             "start": asdict(self.start),
@@ -166,6 +186,7 @@ class Run:
                 "natural": point.natural,
                 "gradient": point.gradient,
                 "evaluation": asdict(point.evaluation),
+                "buffers": point.buffers,
             },
         }
 
@@ -176,8 +197,7 @@ class Run:
         state = _to(state, device)
         evaluator.lower, evaluator.state = state["lower"], state["estimator"]
         evaluator.gradient_floor = state["gradient_floor"]
-        problem.params.set_buffers(state["buffers"][0])
-        problem.hparams.layout.set_buffers(state["buffers"][1])
+        self._set_buffers(state["buffers"])
         problem.go_to(state["position"])
         set_random(state["random"])
         self.start = Record(**state["start"])
@@ -187,15 +207,19 @@ class Run:
         found["certificate"] = Certificate.from_dict(found["certificate"])
         found["cost"] = Cost(**found["cost"])
         evaluation = Evaluation(**{**accepted["evaluation"], "hypergradient": Hypergradient(**found)})
-        self._accepted = Point(accepted["free"], accepted["natural"], accepted["gradient"], evaluation)
+        self._accepted = Point(
+            accepted["free"], accepted["natural"], accepted["gradient"], evaluation, accepted["buffers"]
+        )
 
     def solution(self, status: str) -> Solution:
         """Return the last accepted point as a solution."""
         point, problem = self._accepted, self.evaluator.problem
         assert point is not None and self.start is not None
         lower, natural = point.evaluation.hypergradient.params, point.natural
+        self._set_buffers(point.buffers)
 
         def write_back() -> None:
+            self._set_buffers(point.buffers)
             problem.params.write_back(lower)
             problem.hparams.write_back(natural)
 

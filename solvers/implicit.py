@@ -34,7 +34,7 @@ from bilevel.vector import Vector, dot, norm, subtract
 
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
-DENSE_UP_TO = 128
+DENSE_UP_TO = 64
 # A method that approximates by design does so in the adjoint; an inner solution further off than this is no design.
 INNER_TOLERANCE = 0.1
 
@@ -48,7 +48,7 @@ class Implicit:
 
     Args:
         linear_solver: `bilevel.CG()`, `bilevel.Cholesky()`, `bilevel.Neumann()` or any
-            `LinearSolver`; None: Cholesky up to 128 inner variables, CG above.
+            `LinearSolver`; None: Cholesky up to 64 inner variables, CG above.
     """
 
     linear_solver: LinearSolver | None = None

@@ -211,8 +211,6 @@ def test_minibatches_are_taken_in_order(length: dict[str, Any], passes: int) -> 
     w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.5)
     batches = [batch for _ in range(passes) for batch in loader]
-    # One batch is drawn for the residual that certificates are made from, before the loop.
-    batches = [*batches[1:], batches[0]]
     for batch in batches:
         optimizer.zero_grad()
         squares(w, torch.tensor(0.1, dtype=torch.float64), batch).backward()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from bilevel.operators import LinearOperator
 from bilevel.solvers.linear.base import LinearSolution, Status, inner
 from bilevel.vector import Vector, flatten, unflatten
 
-INVERSE_STEPS = 4  # inverse iterations for the smallest eigenvalue; each is two triangular solves
+INVERSE_STEPS = 8  # inverse iterations for the smallest eigenvalue; each is two triangular solves
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
     rounding = 10 * len(b) * resolution * float(A.abs().max())
     factor, info = torch.linalg.cholesky_ex(A)
     if int(info) == 0:
-        v = torch.ones_like(b)
+        # A random start: a symmetric problem has eigenvectors that ones are orthogonal to.
+        v = torch.randn(len(b), generator=torch.Generator().manual_seed(0), dtype=b.dtype).to(b.device)
         for _ in range(INVERSE_STEPS):
             v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
         curvature = inner(v, A @ v) / inner(v, v)
