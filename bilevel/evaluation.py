@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -74,8 +74,25 @@ class Evaluator:
         lower, steps, status = self._inner(response, upper, given)
         with response.session():
             found, self.state = self.estimator(response, lower, upper, self.state)
+            found = self._doubt_buffers(response, found, upper)
         self.lower = found.params
         return Evaluation(found, response.inner_loss, steps, status)
+
+    def _doubt_buffers(self, response: ProblemResponse, found: Hypergradient, upper: Vector) -> Hypergradient:
+        """Mark a hypergradient whose outer loss reads buffers that training moved: no derivative follows them."""
+        params = self.problem.params
+        moved = params.buffers()
+        if not any(not torch.equal(t, params.start_buffers[name]) for name, t in moved.items()):
+            return found
+        with torch.no_grad():
+            after = float(response.loss(found.params, upper))
+            params.rewind()
+            before = float(response.loss(found.params, upper))
+            params.set_buffers(moved)
+        if abs(after - before) <= 1e-9 * abs(after):
+            return found
+        certificate = replace(found.certificate, verdict="untrusted", reasons=(*found.certificate.reasons, _BUFFERS))
+        return replace(found, certificate=certificate)
 
     def _inner(self, response: ProblemResponse, upper: Vector, given: Vector | None) -> tuple[Vector, int, str]:
         """Return where the estimator begins, the inner steps (to be) taken, and why the inner solver stopped."""
@@ -90,6 +107,12 @@ class Evaluator:
         check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
         solution = response.solve_inner(start if self.lower is None else self.lower, upper)
         return solution.value, solution.steps, solution.status
+
+
+_BUFFERS = (
+    "the outer loss reads buffers that training moved (BatchNorm's running statistics in eval mode), and no derivative "
+    "follows them: let the outer loss use batch statistics (train mode), or GroupNorm or LayerNorm"
+)
 
 
 def check_decay(solver: InnerSolver, estimator: Estimator) -> None:

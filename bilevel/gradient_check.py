@@ -15,7 +15,7 @@ from bilevel.inner import LBFGS
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator, estimator
-from bilevel.vector import Vector, axpy, detach, dot, norm, scale
+from bilevel.vector import Vector, axpy, detach, dot, norm, scale, size
 
 # Steps tried along each direction, relative to the size of the unconstrained hyperparameters. A central difference errs
 # by step^2 at the long end and by noise / step at the short one; the pair of steps that agree best decides.
@@ -79,10 +79,11 @@ def check_gradient(
     Args:
         problem: the problem, checked at the start values of its hyperparameters.
         method: a name or an estimator object.
-        directions: number of random directions; each costs 22 inner solves.
+        directions: number of random directions, at most that of the hyperparameters; each costs 22 inner solves.
         seed: of the directions and of the random numbers inside the losses.
     """
     check_problem(problem)
+    directions = min(directions, size(problem.hparams.layout.start)) if directions >= 1 else directions
     if directions < 1:
         raise InvalidValueError(f"`directions` is {directions}, expected at least 1")
     method = estimator(method)
@@ -116,6 +117,7 @@ def _outer_loss(problem: BilevelProblem, method: Estimator, upper: Vector, near:
     if isinstance(solver, LBFGS):
         solver = replace(solver, rtol=TIGHT)
     response = ProblemResponse(problem, inner_solver=solver)
+    problem.params.rewind()
     if method.unrolls:
         w, state = detach(problem.params.start), response.initial_state(problem.params.start)
         for t in range(response.unroll_steps()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -166,7 +167,12 @@ class Run:
         """Describe the variables and the method: a checkpoint goes on only with the same."""
         sides = (self.evaluator.problem.params.start, self.free_start)
         shapes = [{name: [str(t.dtype), *t.shape] for name, t in side.items()} for side in sides]
-        return f"{self.evaluator.estimator!r} on params {shapes[0]}, hparams {shapes[1]}"
+        digest = hashlib.sha256()
+        for side in sides:
+            for tensor in side.values():
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        start = f"start values {digest.hexdigest()[:12]}"
+        return f"{self.evaluator.estimator!r} on params {shapes[0]}, hparams {shapes[1]}, {start}"
 
     def state(self) -> dict[str, Any]:
         """Return, as plain values and tensors, all that the next step depends on."""

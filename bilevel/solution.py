@@ -107,7 +107,10 @@ class Solution:
         Tensors and module parameters (buffers too) get the new values; a typed hyperparameter gets a new start value.
         """
         if self._write_back is None:
-            raise InvalidValueError("this solution was loaded from a file and belongs to no problem in memory")
+            raise InvalidValueError(
+                "this solution was loaded from a file and belongs to no problem in memory; for a module write "
+                "model.load_state_dict(solution.params)"
+            )
         self._write_back()
 
     def summary(self) -> str:

@@ -74,7 +74,11 @@ class FixedPoint:
         rhs = step.embed(outer.lower)
         rtol = default_rtol(self.rtol, dtype_of(lower))
         u, increments = _iterate(step, rhs, state, rtol, self.max_steps)
-        gradient = add_terms(response, outer.upper, step.onto_upper(u), upper, _UNSEEN)
+        through = step.onto_upper(u)
+        for name, seen in system.pull_back(outer.lower).items():
+            if seen is None:  # a setting of the step alone: it does not move the fixed point, whatever rounding says
+                through[name] = None
+        gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
         shrink = _contraction(increments)
         error = _error(response, outer, step, lower, upper, u, gradient, shrink, len(increments))
         inner = ratio(float(norm(system.residual)), inner_scale(response, system, lower, upper))

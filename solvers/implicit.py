@@ -87,7 +87,8 @@ class Implicit:
 
 
 _UNSEEN = (
-    "neither loss uses it at the inner solution, and an implicit method sees nothing else. If the inner solver uses it "
+    "neither loss uses it at the inner solution (or it was detached: .detach(), .item(), float()), and an "
+    "implicit method sees nothing else. If the inner solver uses it "
     '(a learning rate, a schedule), choose method="unroll"; otherwise take it out of `hparams`'
 )
 
