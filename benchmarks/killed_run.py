@@ -71,10 +71,16 @@ def run(path: str | None, smooth: bool) -> bilevel.Solution:
     place = None if path is None else bilevel.Checkpoint(path, steps=1)
     if smooth:
         return bilevel.solve(smooth_problem(), "cg", steps=60, tol=0.0, checkpoint=place, on_untrusted="ignore")
-    adam = {"method": "unroll", "outer_optimizer": lambda tensors: torch.optim.Adam(tensors, lr=0.1)}
     return bilevel.solve(
-        stochastic_problem(), steps=80, tol=0.0, seed=1, checkpoint=place, on_untrusted="ignore", **adam
-    )  # type: ignore[arg-type]
+        stochastic_problem(),
+        "unroll",
+        steps=80,
+        outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.1),
+        tol=0.0,
+        seed=1,
+        checkpoint=place,
+        on_untrusted="ignore",
+    )
 
 
 def outcome(solution: bilevel.Solution) -> str:

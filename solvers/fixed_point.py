@@ -74,10 +74,7 @@ class FixedPoint:
         rhs = step.embed(outer.lower)
         rtol = default_rtol(self.rtol, dtype_of(lower))
         u, increments = _iterate(step, rhs, state, rtol, self.max_steps)
-        through = step.onto_upper(u)
-        for name, seen in system.pull_back(outer.lower).items():
-            if seen is None:  # a setting of the step alone: it does not move the fixed point, whatever rounding says
-                through[name] = None
+        through = _without_step_sizes(step, system, u, upper)
         gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
         shrink = _contraction(increments)
         error = _error(response, outer, step, lower, upper, u, gradient, shrink, len(increments))
@@ -91,6 +88,21 @@ _UNSEEN = (
     "neither loss nor the inner step uses it. Take it out of `hparams`, or use it in a loss or in a setting of the "
     'inner solver; a learning rate of a converged inner problem needs method="unroll"'
 )
+
+
+def _without_step_sizes(step: _Map, system: Linearization, u: Vector, upper: Vector) -> dict[str, Tensor | None]:
+    """Return (∂Φ/∂λ)^T u, None for a λ that sets how far the step goes but not where it stands still.
+
+    For a learning rate, λ ∂Φ/∂λ is the step itself, which vanishes at the fixed point: what is left of it is no
+    gradient. A weight decay in the step is another matter, since it moves the fixed point.
+    """
+    through = step.onto_upper(u)
+    reach = 2.0 * float(norm(step.residual)) * float(norm(u))  # 2: momentum, whose ∂Φ/∂λ is another step
+    for name, seen in system.pull_back({n: u[n] for n in system.residual}).items():
+        found = through[name]
+        if seen is None and found is not None and float(norm({"": found * upper[name]})) <= reach:
+            through[name] = None
+    return through
 
 
 class _Map(Protocol):
