@@ -248,7 +248,8 @@ def _saddle(dice: Dice) -> Case:
     values = dice.logs(dice.log(1e-3, 1.0), 1.0, n)
     values[: int(dice.uniform(1, n))] *= -1.0
     known, point = _quadratic_form(dice, values, dice.normal(n), dice.normal(n))
-    return Case("saddle", False, _all(known, NO_TRUTH, params=point))
+    drawn = Drawn(known, "saddle", n)
+    return Case("saddle", False, _all(known, NO_TRUTH, params=point), drawn=drawn, params=point)
 
 
 def _indefinite(dice: Dice) -> Case:
