@@ -21,6 +21,7 @@ from bilevel.errors import NonFiniteError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import OuterGradient, Response, add_terms, present, ratio
 from bilevel.solvers.linear.base import dtype_of, inner, wide
+from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.vector import Vector, axpy, detach, norm, subtract, unflatten, zeros_like
 
 LOOSE = 0.3  # what a solve may leave, relative to its answer
@@ -96,28 +97,43 @@ def loosely(operator: LinearOperator, curvature: float, spent: int) -> Solve:
         curvature: the smallest curvature known; infinite for none.
         spent: products that the hypergradient took.
     """
+    lowest = curvature  # over all solves: one may meet what another does not
 
     def solve(rhs: Vector, scale: float, settled: Callable[[Bound], bool]) -> Solved:
-        if math.isfinite(curvature) and settled(lambda left: ratio(float(norm(left)), curvature)):
-            return Solved(zeros_like(rhs), rhs, curvature)
-        r, low = wide(rhs), curvature
-        floor = ROUNDING * torch.finfo(dtype_of(rhs)).eps * scale
+        nonlocal lowest
+        if math.isfinite(lowest) and settled(lambda left: ratio(float(norm(left)), lowest)):
+            return Solved(zeros_like(rhs), rhs, lowest)
+        r, low, floor = wide(rhs), lowest, ROUNDING * torch.finfo(dtype_of(rhs)).eps * scale
         x, p, rr = torch.zeros_like(r), r, inner(r, r)
-        for taken in range(max(MOST, spent // 2)):
-            enough = taken >= FEWEST and math.sqrt(rr) <= LOOSE * low * math.sqrt(inner(x, x))
-            if enough or not floor < math.sqrt(rr) < math.inf:
-                break  # below the floor lie directions that the inner loss does not bend
+        alphas: list[float] = []
+        betas: list[float] = []
+        # Below the floor lie directions that the inner loss does not bend.
+        while len(alphas) < max(MOST, spent // 2) and floor < math.sqrt(rr) < math.inf:
+            if len(alphas) >= FEWEST and math.sqrt(rr) <= LOOSE * low * math.sqrt(inner(x, x)):
+                low = min(low, _expected_curvature(alphas, betas))  # dearer than p·Hp / p·p, and smaller
+                if math.sqrt(rr) <= LOOSE * low * math.sqrt(inner(x, x)):
+                    break
             Ap = operator.flat(p)
             low = min(low, inner(p, Ap) / inner(p, p))
             if not low > 0.0:
                 break
-            alpha = rr / inner(p, Ap)
-            x, r = x + alpha * p, r - alpha * Ap
+            alphas.append(rr / inner(p, Ap))
+            x, r = x + alphas[-1] * p, r - alphas[-1] * Ap
             rr, before = inner(r, r), rr
-            p = r + (rr / before) * p
+            betas.append(rr / before)
+            p = r + betas[-1] * p
+        if alphas and low > 0.0:
+            low = min(low, _expected_curvature(alphas, betas))
+        lowest = low
         return Solved(unflatten(x, rhs), unflatten(r, rhs), low)
 
     return solve
+
+
+def _expected_curvature(alphas: list[float], betas: list[float]) -> float:
+    """Return the smallest Ritz value; while it still falls, what twice the fall of the last third would make of it."""
+    now, before = (smallest_ritz(alphas[:k], betas) for k in (len(alphas), max(1, 2 * len(alphas) // 3)))
+    return now * (now / before) ** 2
 
 
 def factored(inverse: Callable[[Vector], Vector], curvature: float) -> Solve:

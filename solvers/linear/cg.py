@@ -15,9 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from bilevel.errors import InvalidValueError
@@ -34,6 +32,7 @@ from bilevel.solvers.linear.base import (
     wide,
 )
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal, kept_positive
+from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.vector import Vector, flatten, unflatten
 
 REFRESH = 50  # steps between two recomputations of the true residual
@@ -193,8 +192,6 @@ class _Run:
             return None
         smallest = min(self.curvatures)
         if self.alphas and self.smallest_of_preconditioner > 0.0:
-            alpha, beta = np.array(self.alphas), np.array(self.betas[:-1])
-            diagonal = 1 / alpha + np.concatenate([[0.0], beta / alpha[:-1]])
-            ritz = eigvalsh_tridiagonal(diagonal, np.sqrt(beta) / alpha[:-1], select="i", select_range=(0, 0))
-            smallest = min(smallest, float(ritz[0]) * self.smallest_of_preconditioner)
+            ritz = smallest_ritz(self.alphas, self.betas)
+            smallest = min(smallest, ritz * self.smallest_of_preconditioner)
         return smallest

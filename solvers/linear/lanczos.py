@@ -8,8 +8,11 @@ steps on spectra of up to 100,000 values it lay within 2 % of the largest eigenv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
+from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 
 from bilevel.operators import LinearOperator
 
@@ -42,3 +45,16 @@ def extreme_eigenvalues(operator: LinearOperator, steps: int = 12) -> tuple[floa
         q = w / off[-1]
     values, vectors = eigh_tridiagonal(diagonal, off[: len(diagonal) - 1])
     return float(values[0]), float(values[-1] + off[-1] * abs(vectors[-1, -1]))
+
+
+def smallest_ritz(alphas: Sequence[float], betas: Sequence[float]) -> float:
+    """Return the smallest Ritz value over the Krylov space of conjugate gradients (Golub and Van Loan, section 11.3.4).
+
+    Args:
+        alphas: the steps' lengths.
+        betas: the weights of the old directions, one each for a step; the last is not needed.
+    """
+    alpha, beta = np.array(alphas), np.array(betas[: len(alphas) - 1])
+    diagonal = 1 / alpha + np.concatenate([[0.0], beta / alpha[:-1]])
+    ritz = eigvalsh_tridiagonal(diagonal, np.sqrt(beta) / alpha[:-1], select="i", select_range=(0, 0))
+    return float(ritz[0])
