@@ -30,6 +30,7 @@ from benchmarks.problems import POINTS, Dice, Drawn, Flat, draw, inner_point
 from bilevel import CG, GMRES, MINRES, Cholesky, FixedPoint, Implicit, Neumann, Truncated, hypergradient, inner
 from bilevel.errors import BilevelError
 from bilevel.solvers import Estimator
+from bilevel.solvers.about import about
 from bilevel.testing import relative_error
 
 ROUNDING = 10 * 2.2e-16
@@ -96,7 +97,7 @@ def trials(problems: int, seed: int, methods: Sequence[str] = tuple(METHODS), **
             try:
                 yield (
                     _unrolled(dice, drawn, method, where)
-                    if method.unrolls
+                    if about(method).unrolls
                     else _implicit(dice, drawn, name, method, params, where)
                 )
             except BilevelError as error:

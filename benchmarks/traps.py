@@ -20,9 +20,10 @@ from benchmarks.problems import Dice, Drawn, draw, inner_point
 from bilevel import CG, GMRES, METHODS, MINRES, BilevelProblem, Implicit, Neumann, Truncated, inner, positive
 from bilevel.oracle import KnownProblem
 from bilevel.solvers import Estimator, estimator
+from bilevel.solvers.about import about
 
-IMPLICIT = tuple(name for name in METHODS if not estimator(name).unrolls)
-UNROLLED = tuple(name for name in METHODS if estimator(name).unrolls)
+IMPLICIT = tuple(name for name in METHODS if not about(estimator(name)).unrolls)
+UNROLLED = tuple(name for name in METHODS if about(estimator(name)).unrolls)
 NO_TRUTH = None  # no hypergradient exists or the method cannot see it: any trusted answer is wrong
 
 

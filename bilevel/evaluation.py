@@ -22,6 +22,7 @@ from bilevel.inner.base import Decay
 from bilevel.problem import BilevelProblem
 from bilevel.randomness import fork_random
 from bilevel.response import ProblemResponse
+from bilevel.solvers.about import about
 from bilevel.solvers.base import Estimator, State
 from bilevel.vector import Vector
 
@@ -96,14 +97,17 @@ class Evaluator:
 
     def _inner(self, response: ProblemResponse, upper: Vector, given: Vector | None) -> tuple[Vector, int, str]:
         """Return where the estimator begins, the inner steps (to be) taken, and why the inner solver stopped."""
-        start = self.problem.params.start
-        if given is None and (self.estimator.unrolls or self.lower is None):
+        start, begins = self.problem.params.start, about(self.estimator).begins
+        if given is None and (begins == "start" or self.lower is None):
             self.problem.params.rewind()  # a run from the start, BatchNorm's statistics included
-        if self.estimator.unrolls:
+        if begins == "start":
             # The loop itself is what is differentiated, so it begins where the user's begins.
-            return start if given is None else given, response.unroll_steps(), "steps"
+            taken = response.unroll_steps() if response.has_step else 1
+            return start if given is None else given, taken, "steps"
         if given is not None:
             return given, 0, "given"
+        if begins == "last":
+            return start if self.lower is None else self.lower, 0, "moved by the method"
         check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
         solution = response.solve_inner(start if self.lower is None else self.lower, upper)
         return solution.value, solution.steps, solution.status
@@ -121,7 +125,8 @@ def check_decay(solver: InnerSolver, estimator: Estimator) -> None:
     A method that differentiates the step itself sees an L2 term in the gradient, so that one may stay.
     """
     decay: Decay = getattr(solver, "decays_outside_loss", None)
-    if estimator.unrolls or decay is None or (decay == "gradient" and getattr(estimator, "sees_steps", False)):
+    sees = about(estimator).sees
+    if sees == "loop" or decay is None or (decay == "gradient" and sees == "step"):
         return
     raise InvalidValueError(
         f"`inner_solver` is {type(solver).__name__} with weight_decay={getattr(solver, 'weight_decay', None)!r}, which "

@@ -15,6 +15,7 @@ from bilevel.inner import LBFGS
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator, estimator
+from bilevel.solvers.about import about
 from bilevel.vector import Vector, axpy, detach, dot, norm, scale, size
 
 # Steps tried along each direction, relative to the size of the unconstrained hyperparameters. A central difference errs
@@ -118,7 +119,7 @@ def _outer_loss(problem: BilevelProblem, method: Estimator, upper: Vector, near:
         solver = replace(solver, rtol=TIGHT)
     response = ProblemResponse(problem, inner_solver=solver)
     problem.params.rewind()
-    if method.unrolls:
+    if about(method).unrolls:
         w, state = detach(problem.params.start), response.initial_state(problem.params.start)
         for t in range(response.unroll_steps()):
             w, state = response.step(w, state, upper, t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -48,6 +49,8 @@ class ProblemResponse:
         self.cost = Cost()
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
+        self._weight = 0.0  # of the outer loss in what is trained on
+        self._position = problem.inner_batches.position()
         self._start_norm: float | None = None
         self.second_moment: Vector | None = None
         self._set_up = False
@@ -59,14 +62,12 @@ class ProblemResponse:
 
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """See `Response.loss`."""
-        problem = self._problem
         with (
             torch.enable_grad(),
             self._lent(lower, upper, keep_buffers=False) as structures,
             self._randomness(pinned=True),
         ):
-            given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
-            return _checked_scalar(problem.outer_loss(*given), "outer_loss")
+            return self._outer(structures)
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
         """See `Response.residual`."""
@@ -75,6 +76,34 @@ class ProblemResponse:
         if not math.isfinite(self.inner_loss):
             raise NonFiniteError(f"the inner loss is {self.inner_loss} at the inner solution", "inner loss")
         return gradient
+
+    def inner(self, lower: Vector, upper: Vector) -> Tensor:
+        """See `Response.inner`."""
+        with (
+            torch.enable_grad(),
+            self._lent(lower, upper, keep_buffers=False) as structures,
+            self._randomness(pinned=True),
+        ):
+            return self._objective(structures, self._inner_batch)
+
+    def solve(self, lower: Vector, upper: Vector, weight: float = 0.0) -> Vector:
+        """See `Response.solve`."""
+        if weight and getattr(self._solver, "whole_loop", False):
+            raise InvalidValueError(
+                "this method trains on inner_loss + weight * outer_loss, and `inner_solver` is a function of your own "
+                "that knows its own loss only; use bilevel.inner.LBFGS() or bilevel.inner.Adam(...), or "
+                'method="implicit"'
+            )
+        buffers = self.params.buffers()
+        weighted = copy.copy(self)
+        weighted._weight, weighted._start_norm = weight, None
+        self._problem.inner_batches.go_to(self._position)
+        try:
+            with fork_random(self._device):
+                set_random(self._random)
+                return weighted.solve_inner(lower, upper).value
+        finally:
+            self.params.set_buffers(buffers)
 
     def start_gradient_norm(self, upper: Vector) -> float:
         """See `Response.start_gradient_norm`; one gradient, the first time."""
@@ -189,8 +218,7 @@ class ProblemResponse:
         h = upper if create_graph else detach(upper)
         with torch.enable_grad(), self._lent(lower, h, keep_buffers=training, twice=create_graph) as structures:
             with self._randomness(pinned):
-                given = (*structures, batch) if problem.inner_batches.given else structures
-                value = _checked_scalar(problem.inner_loss(*given), "inner_loss")
+                value = self._objective(structures, batch)
             if not value.requires_grad:
                 raise InvalidTypeError(
                     "`inner_loss` returned a tensor that does not depend on params; do not detach them, and use the "
@@ -207,6 +235,18 @@ class ProblemResponse:
             )
         pairs = zip(lower.items(), grads, strict=True)
         return value, {name: torch.zeros_like(t) if g is None else dense(g) for (name, t), g in pairs}
+
+    def _objective(self, structures: tuple[Any, Any], batch: Any) -> Tensor:
+        """Return the loss that is trained on: the inner one, and a part of the outer one where a method adds it."""
+        problem = self._problem
+        given = (*structures, batch) if problem.inner_batches.given else structures
+        value = _checked_scalar(problem.inner_loss(*given), "inner_loss")
+        return value + self._weight * self._outer(structures) if self._weight else value
+
+    def _outer(self, structures: tuple[Any, Any]) -> Tensor:
+        problem = self._problem
+        given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
+        return _checked_scalar(problem.outer_loss(*given), "outer_loss")
 
     @contextmanager
     def _randomness(self, pinned: bool) -> Iterator[None]:

@@ -22,6 +22,7 @@ from bilevel.oracle import KnownProblem, Truth
 from bilevel.problem import BilevelProblem
 from bilevel.solvers import Estimator, LinearSolver
 from bilevel.solvers import estimator as named_estimator
+from bilevel.solvers.about import about
 from bilevel.vector import Vector, flatten, is_finite, norm, subtract, unflatten
 
 WELL_CONDITIONED = 1e3  # up to here a series that is cut by design must converge too
@@ -61,7 +62,7 @@ def check_estimator(
     """
     method = named_estimator(estimator)
     for known in known_problems() if problems is None else problems:
-        problem = known.problem(known.stepwise() if method.unrolls else None)
+        problem = known.problem(known.stepwise() if about(method).unrolls else None)
         evaluate = Evaluator(problem, method)
         solution = problem.params.read(known.truth.params, "the exact inner solution")
         for state in ("without a state", "with the state of the first call"):

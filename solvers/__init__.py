@@ -3,9 +3,11 @@
 if __name__ == "solvers":
     raise ImportError("this folder installs as bilevel.solvers; write `import bilevel.solvers`")
 
+import inspect
 from collections.abc import Callable, Mapping
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.solvers.about import About, Terms, about
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.fixed_point import FixedPoint
@@ -38,7 +40,7 @@ def estimator(method: str | Estimator) -> Estimator:
             f"`method` is {method!r}, which solves another problem; write bilevel.Implicit({method!r}) for a linear "
             "solver, and give an inner solver to BilevelProblem"
         )
-    if isinstance(method, type) or not callable(method) or not hasattr(method, "unrolls"):
+    if isinstance(method, type) or not callable(method) or not _takes_a_response(method):
         raise InvalidTypeError(
             f"`method` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "
             "bilevel.Truncated(steps=20)"
@@ -46,10 +48,22 @@ def estimator(method: str | Estimator) -> Estimator:
     return method
 
 
+def _takes_a_response(method: Callable[..., object]) -> bool:
+    """Say whether it can be called as an estimator is; a plain function is more often a loss by mistake."""
+    if inspect.isroutine(method):
+        return False
+    try:
+        inspect.signature(method).bind("response", "lower", "upper", "state")
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 __all__ = [
     "CG",
     "GMRES",
     "METHODS",
+    "About",
     "Averaged",
     "MINRES",
     "Cholesky",
@@ -60,7 +74,9 @@ __all__ = [
     "LinearSolver",
     "Neumann",
     "Response",
+    "Terms",
     "Truncated",
     "Unroll",
+    "about",
     "estimator",
 ]

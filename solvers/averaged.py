@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidValueError
+from bilevel.solvers.about import About, about
 from bilevel.solvers.base import Estimator, Response, State, ratio
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.linear.base import check_count
@@ -31,22 +31,22 @@ class Averaged:
 
     batches: int = 8
     estimator: Estimator = field(default_factory=Implicit)
-    unrolls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self.batches, "batches")
         if self.batches < 2:
             raise InvalidValueError("`batches` is 1, and a standard error needs at least 2 draws")
-        if self.estimator.unrolls:
+        if about(self.estimator).begins != "solution":
             raise InvalidValueError(
                 f"`estimator` is {self.estimator!r}, which draws the batches of its own inner loop; average "
                 "an implicit one"
             )
 
     @property
-    def sees_steps(self) -> bool:
-        """As the averaged estimator does; see `Estimator`."""
-        return bool(getattr(self.estimator, "sees_steps", False))
+    def about(self) -> About:
+        """What the averaged estimator declares, for so many draws."""
+        declared = about(self.estimator)
+        return replace(declared, terms=replace(declared.terms, cost=f"{self.batches} x ({declared.terms.cost})"))
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ class Response(Protocol):
         """Return R, the inner gradient, differentiable in both arguments."""
         ...
 
+    def inner(self, lower: Vector, upper: Vector) -> Tensor:
+        """Return g, the inner loss whose gradient is R, differentiable."""
+        ...
+
+    def solve(self, lower: Vector, upper: Vector, weight: float = 0.0) -> Vector:
+        """Return where the inner solver ends from `lower`, minimizing g + weight * f.
+
+        All calls of one response train on the same batches with the same random numbers, and leave buffers alone.
+        """
+        ...
+
     def start_gradient_norm(self, upper: Vector) -> float:
         """Return the norm of R at the inner starting point: the scale of the inner gradient."""
         ...
@@ -85,11 +96,9 @@ class Response(Protocol):
 class Estimator(Protocol):
     """A way to get a hypergradient: a frozen dataclass of settings that can be called.
 
-    One that does not unroll but differentiates a step of the inner solver, with its settings, declares `sees_steps`.
+    It may declare `about: ClassVar[About]` (see `bilevel.solvers.about`): what `lower` is when it is called, which
+    hyperparameters it sees, what it costs. Without it, it is taken for an implicit method.
     """
-
-    unrolls: ClassVar[bool]
-    """True: `lower` is where the inner loop starts, and the estimator runs it. False: its solution."""
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

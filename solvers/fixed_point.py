@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import About, Terms
 from bilevel.solvers.base import (
     Linearization,
     OuterGradient,
@@ -57,8 +58,13 @@ class FixedPoint:
 
     max_steps: int = 1000
     rtol: float | None = None
-    unrolls: ClassVar[bool] = False
-    sees_steps: ClassVar[bool] = True
+    about: ClassVar[About] = About(
+        begins="solution",
+        sees="step",
+        derivatives=2,
+        exact=True,
+        terms=Terms("k products, k ~ log(1/rtol) / (1 - ρ)", "one step", "ρ^k", "Grazzi et al. 2020"),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

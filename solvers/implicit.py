@@ -10,11 +10,12 @@ the optimizer that found it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypedDict
+from typing import TypedDict
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import UNDECLARED, About, Terms
 from bilevel.solvers.base import (
     Linearization,
     OuterGradient,
@@ -38,6 +39,10 @@ DENSE_UP_TO = 64
 # A method that approximates by design does so in the adjoint; an inner solution further off than this is no design.
 INNER_TOLERANCE = 0.1
 
+_PICKED = Terms(
+    f"as `direct` up to {DENSE_UP_TO} inner variables, as `cg` above", "the same", "the same", "Pedregosa 2016"
+)
+
 
 @dataclass(frozen=True)
 class Implicit:
@@ -52,7 +57,6 @@ class Implicit:
     """
 
     linear_solver: LinearSolver | None = None
-    unrolls: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given = self.linear_solver
@@ -62,6 +66,13 @@ class Implicit:
             raise InvalidTypeError(
                 f"`linear_solver` is {given!r}, expected an object with a solve method, such as bilevel.CG(rtol=1e-6)"
             )
+
+    @property
+    def about(self) -> About:
+        """The linear solver's cost and error, and one product to pull the adjoint back."""
+        solver = self.linear_solver
+        terms = _PICKED if solver is None else getattr(solver, "terms", UNDECLARED.terms)
+        return About("solution", "losses", derivatives=2, exact=not getattr(solver, "truncates", False), terms=terms)
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

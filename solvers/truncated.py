@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError, NonFiniteError
+from bilevel.solvers.about import About, Terms
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
 from bilevel.solvers.linear.base import check_count
 from bilevel.solvers.tail import ONWARD, Tail
@@ -38,7 +39,13 @@ class Truncated:
     """
 
     steps: int
-    unrolls: ClassVar[bool] = True
+    about: ClassVar[About] = About(
+        begins="start",
+        sees="loop",
+        derivatives=2,
+        exact=False,
+        terms=Terms("K products", "K steps", "about ρ^K", "Shaban et al. 2019"),
+    )
 
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")
@@ -57,7 +64,13 @@ class Unroll:
     Memory grows with the number of inner steps. Sees learning rates and every other setting of the inner loop.
     """
 
-    unrolls: ClassVar[bool] = True
+    about: ClassVar[About] = About(
+        begins="start",
+        sees="loop",
+        derivatives=2,
+        exact=True,
+        terms=Terms("T products", "T steps", "rounding; it is the loop's own gradient", "Franceschi et al. 2017"),
+    )
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import optree
 import pytest
@@ -17,6 +17,7 @@ from bilevel import CG, METHODS, Cholesky, FixedPoint, Implicit, Neumann, Trunca
 from bilevel.certificate import Hypergradient
 from bilevel.evaluation import Evaluator
 from bilevel.solvers import Estimator, estimator
+from bilevel.solvers.about import about
 from bilevel.solvers.base import Response, State
 from bilevel.solvers.linear import GMRES, MINRES
 from bilevel.testing import CheckFailedError, KnownProblem, check_estimator, known_problems, relative_error
@@ -39,7 +40,7 @@ BARS: dict[str, tuple[Estimator, float]] = {
 
 def at_truth(known: KnownProblem, method: str | Estimator, solver: Any = None) -> Hypergradient:
     """Take the hypergradient at the exact inner solution; a method that unrolls runs heavy-ball steps from there."""
-    steps = known.stepwise() if estimator(method).unrolls else None
+    steps = known.stepwise() if about(estimator(method)).unrolls else None
     problem = known.problem(steps if solver is None else solver)
     return hypergradient(problem, method, params=known.truth.params, on_untrusted="ignore")
 
@@ -467,7 +468,6 @@ class Flawed:
     """An estimator with one flaw."""
 
     flaw: str
-    unrolls: ClassVar[bool] = False
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

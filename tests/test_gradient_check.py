@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -99,7 +99,6 @@ class Wrong:
     """The implicit gradient, times a factor."""
 
     factor: float
-    unrolls: ClassVar[bool] = False
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: Any = None

@@ -23,13 +23,14 @@ from bilevel.cli import main
 from bilevel.preflight import losses, training
 from bilevel.preflight.probes import free_memory
 from bilevel.solvers import estimator
+from bilevel.solvers.about import about
 from bilevel.testing import known_problems
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, XV = (torch.randn(20, 4, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
 Y, YV = (torch.randn(20, generator=GENERATOR, dtype=torch.float64) for _ in range(2))
 METHODS = sorted(bilevel.METHODS)
-SEES_LOSSES_ALONE = [m for m in METHODS if not (estimator(m).unrolls or getattr(estimator(m), "sees_steps", False))]
+SEES_LOSSES_ALONE = [m for m in METHODS if about(estimator(m)).sees == "losses"]
 
 
 def train(w: Tensor, h: Tensor) -> Tensor:

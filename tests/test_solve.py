@@ -9,7 +9,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import optree
@@ -349,8 +349,6 @@ def test_an_infinite_outer_gradient_is_found_out() -> None:
 @dataclasses.dataclass(frozen=True)
 class Doubtful:
     """An estimator that loses its trust at its third call."""
-
-    unrolls: ClassVar[bool] = False
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None

@@ -19,6 +19,7 @@ from bilevel.preflight.report import Costs, Finding, Level
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator
+from bilevel.solvers.about import about
 from bilevel.solvers.base import Linearization, OuterGradient
 from bilevel.vector import Vector, size
 
@@ -114,7 +115,7 @@ def check_settings(dry: DryRun) -> None:
     """Report what the inner solver, the data and the dtype say before any loss is called."""
     _check_inner_solver(dry)
     _check_data(dry)
-    if dry.double or dry.method.unrolls:
+    if dry.double or about(dry.method).unrolls:
         return
     if dry.first.dtype == torch.float32:
         dry.add(
@@ -135,7 +136,7 @@ def check_settings(dry: DryRun) -> None:
 def _check_inner_solver(dry: DryRun) -> None:
     solver, problem = dry.problem.inner_solver, dry.problem
     name = type(solver).__name__
-    if dry.method.unrolls and not hasattr(solver, "step"):
+    if about(dry.method).unrolls and not hasattr(solver, "step"):
         dry.add(
             "error",
             "inner_solver",

@@ -9,6 +9,7 @@ import torch
 from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import against_differences, asymmetry, custom_functions, random_vector, saved_memory
 from bilevel.response import ProblemResponse
+from bilevel.solvers.about import about
 from bilevel.solvers.base import Linearization, outer_gradient
 from bilevel.vector import Vector, is_finite, leaves
 
@@ -107,7 +108,7 @@ def _check_unused(dry: DryRun, response: ProblemResponse) -> None:
             continue
         needed = dry.outer is not None and bool(dry.outer.lower[name].any())
         label = dry.problem.params.label(name)
-        if needed and not dry.method.unrolls:
+        if needed and not about(dry.method).unrolls:
             dry.add(
                 "error",
                 label,

@@ -16,6 +16,7 @@ from bilevel.preflight.training import check_curvature, check_hyperparameters, c
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import CG, MINRES, Cholesky, Estimator, Neumann, estimator
+from bilevel.solvers.about import about
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
 from bilevel.vector import size
 
@@ -93,7 +94,7 @@ def _predicted(dry: DryRun) -> Costs:
     if dry.system is None:
         return Costs()
     total = None if dry.walk is None else dry.walk.total
-    if dry.method.unrolls:
+    if about(dry.method).unrolls:
         if dry.walk is None:
             return Costs()
         steps = unrolled_steps(dry)

@@ -11,6 +11,7 @@ from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import Walk, free_memory, milliseconds, random_vector, walk
 from bilevel.preflight.report import Costs
 from bilevel.response import ProblemResponse
+from bilevel.solvers.about import about
 from bilevel.solvers.base import outer_gradient
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import size
@@ -37,7 +38,7 @@ def check_steps(dry: DryRun, response: ProblemResponse) -> None:
             )
             return
         _check_growth(dry, response, taken)
-        if dry.method.unrolls:
+        if about(dry.method).unrolls:
             _check_memory(dry, taken.bytes_per_step, unrolled_steps(dry))
 
 
@@ -102,7 +103,7 @@ def check_hyperparameters(dry: DryRun) -> None:
                 "setting of the inner solver uses it",
                 "use it (lr=lambda h: h[...]), or take it out of hparams",
             )
-        elif getattr(dry.method, "sees_steps", False):
+        elif about(dry.method).sees == "step":
             dry.add(
                 "note",
                 label,
@@ -110,7 +111,7 @@ def check_hyperparameters(dry: DryRun) -> None:
                 "learning rate or a momentum does not move that, so its gradient is zero",
                 'method="unroll" for a learning rate',
             )
-        elif not dry.method.unrolls:
+        elif not about(dry.method).unrolls:
             dry.add(
                 "error",
                 label,
@@ -122,7 +123,7 @@ def check_hyperparameters(dry: DryRun) -> None:
 
 def _report_for_own_loop(dry: DryRun, label: str) -> None:
     message = "neither the outer loss nor the gradient of the inner loss uses it"
-    if dry.method.unrolls:
+    if about(dry.method).unrolls:
         dry.add("note", label, f"{message}; whether your own training loop does is not seen without training")
         return
     dry.add(
@@ -136,7 +137,7 @@ def _report_for_own_loop(dry: DryRun, label: str) -> None:
 
 def check_curvature(dry: DryRun) -> None:
     """Report negative, vanishing and badly scaled curvature at the starting point, for implicit methods."""
-    if dry.system is None or dry.method.unrolls:
+    if dry.system is None or about(dry.method).unrolls:
         return
     with dry.tried("inner_loss"):
         low, high = extreme_eigenvalues(dry.system.operator, steps=min(30, size(dry.lower)))

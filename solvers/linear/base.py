@@ -61,7 +61,10 @@ class LinearSolution:
 
 
 class LinearSolver(Protocol):
-    """Settings of one algorithm for A x = b: a frozen dataclass with a `solve`."""
+    """Settings of one algorithm for A x = b: a frozen dataclass with a `solve`.
+
+    It may declare `terms: ClassVar[Terms]`, cost and error of a hypergradient by it, for the table of methods.
+    """
 
     truncates: ClassVar[bool]
     """True for a method that approximates the inverse by design (a series cut after some terms)."""

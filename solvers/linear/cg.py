@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
@@ -67,6 +68,12 @@ class CG:
     max_steps: int | None = None
     preconditioner: Literal["auto", "diagonal", "second-moment"] | Callable[[Vector], Vector] | None = "auto"
     truncates: ClassVar[bool] = False
+    terms: ClassVar[Terms] = Terms(
+        "k + 2 products, k ~ sqrt(κ) log(1/rtol)",
+        "one gradient graph",
+        "at most κ rtol",
+        "Pedregosa 2016; Lorraine et al. 2020",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
@@ -54,6 +55,9 @@ class GMRES:
     max_steps: int | None = None
     restart: int = 50
     truncates: ClassVar[bool] = False
+    terms: ClassVar[Terms] = Terms(
+        "k + 2 products", "50 vectors of n", "at most κ rtol; needs no symmetry", "Saad and Schultz 1986"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

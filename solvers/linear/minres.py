@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
@@ -56,6 +57,12 @@ class MINRES:
     rtol: float | None = None
     max_steps: int | None = None
     truncates: ClassVar[bool] = False
+    terms: ClassVar[Terms] = Terms(
+        "k + 2 products, k ~ sqrt(κ) log(1/rtol)",
+        "one gradient graph",
+        "at most κ rtol; negative curvature does no harm",
+        "Paige and Saunders 1975",
+    )
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)

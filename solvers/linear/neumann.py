@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
+from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
     LinearSolution,
     Status,
@@ -53,6 +54,9 @@ class Neumann:
     rtol: float | None = None
     step_size: float | None = None
     truncates: ClassVar[bool] = True
+    terms: ClassVar[Terms] = Terms(
+        "k + 12 products, k = 100 terms", "one gradient graph", "(1 - 1/κ)^k", "Lorraine et al. 2020"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
