@@ -14,7 +14,6 @@ from torch import Tensor
 
 from bilevel.errors import BilevelError
 from bilevel.evaluation import check_decay
-from bilevel.preflight.probes import Walk
 from bilevel.preflight.report import Costs, Finding, Level
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
@@ -22,6 +21,7 @@ from bilevel.solvers import Estimator
 from bilevel.solvers.about import about
 from bilevel.solvers.base import Linearization, OuterGradient
 from bilevel.vector import Vector, size
+from bilevel.walk import Walk
 
 # What a user's function may raise by mistake. Ctrl-C, and warnings that were turned into errors, go through.
 MISTAKES = (

@@ -6,8 +6,9 @@ import math
 
 import torch
 
+from bilevel.memory import saved_memory
 from bilevel.preflight.dryrun import DryRun
-from bilevel.preflight.probes import against_differences, asymmetry, custom_functions, random_vector, saved_memory
+from bilevel.preflight.probes import against_differences, asymmetry, custom_functions, random_vector
 from bilevel.response import ProblemResponse
 from bilevel.solvers.about import about
 from bilevel.solvers.base import Linearization, outer_gradient

@@ -1,31 +1,24 @@
-"""Measurements at the starting point of a problem: products against differences, steps with their graphs, times."""
+"""Measurements at the starting point of a problem: products against differences, custom functions, times."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import optree
 import torch
 from torch import Tensor
 
 from bilevel.response import ProblemResponse
-from bilevel.vector import Vector, axpy, detach, dot, is_finite, leaves, norm, scale, subtract
+from bilevel.vector import Vector, axpy, detach, dot, leaves, norm, scale, subtract
 
 # Steps of the central differences, relative to the size of the variables. The long ones cross the kinks of a ReLU
 # network; at the short ones rounding takes over, which `_rounding` knows.
 STEPS = {torch.float64: tuple(10.0**-k for k in range(2, 9)), torch.float32: tuple(10.0**-k for k in range(1, 5))}
 AGREES = {torch.float64: 1e-4, torch.float32: 2e-2}  # mismatch at the best step; 1e-8 and 1e-3 are usual
 SETTLED = 1e-3  # differences of two steps that are this close have come to their limit
-POWER_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -115,123 +108,6 @@ def custom_functions(value: Tensor) -> list[str]:
     return list(found)
 
 
-@dataclass
-class Saved:
-    """The memory that graphs hold on to: storages by address."""
-
-    storages: dict[int, int] = field(default_factory=dict)
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once."""
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-
-    def beyond(self, other: Saved) -> int:
-        """Return the bytes that are not in `other` as well."""
-        return sum(size for address, size in self.storages.items() if address not in other.storages)
-
-
-class _Held:
-    """A tensor that a graph saves, for as long as it does."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-@contextmanager
-def saved_memory() -> Iterator[Saved]:
-    """Count what the graphs built inside save for their derivatives, and still hold at the end."""
-    saved = Saved()
-    held: weakref.WeakSet[_Held] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> _Held:
-        one = _Held(tensor.detach())  # the tensor itself would make a cycle with its own node
-        held.add(one)
-        return one
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
-        yield saved
-    for one in held:
-        if one.tensor.layout == torch.strided:
-            saved.add(one.tensor)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A few steps of the inner solver, each with its graph.
-
-    Attributes:
-        total: steps of the whole inner loop.
-        bytes_per_step: what the graph of one step holds, without what all steps share.
-        seen: the hyperparameters that a step uses.
-        growth: the factor by which one step back lengthens an adjoint.
-        broke_at: the step after which a variable was not finite; None if all were.
-        end: the inner variables after them.
-    """
-
-    total: int
-    bytes_per_step: int
-    seen: frozenset[str]
-    growth: float
-    broke_at: int | None
-    end: Vector
-
-
-def walk(response: ProblemResponse, lower: Vector, upper: Vector, adjoint: Vector) -> Walk:
-    """Take the first two steps, one as in the middle and one as at the end of the inner loop."""
-    total = response.unroll_steps()
-    h = leaves(upper)
-    w, state = detach(lower), response.initial_state(lower)
-    seen: set[str] = set()
-    memory: list[Saved] = []
-    graphs: list[Any] = []  # kept: freed memory would be given out again, and counted as shared
-    growth, broke_at = 0.0, None
-    for t in sorted({0, 1, total // 2, total - 1} & set(range(total))):
-        w = leaves(w)
-        state = optree.tree_map(lambda x: x.detach().requires_grad_() if _is_float(x) else x, state)
-        with saved_memory() as saved:
-            after, state = response.step(w, state, h, t)
-        tensors = [x for x in (*after.values(), *optree.tree_leaves(state)) if _is_float(x)]
-        for tensor in tensors:
-            saved.add(tensor)
-        attached = [x for x in tensors if x.requires_grad]
-        with response.at(w, h):
-            pulled = torch.autograd.grad(
-                attached, list(h.values()), [torch.ones_like(x) for x in attached], retain_graph=True, allow_unused=True
-            )
-            if t == min(1, total - 1):
-                growth = _growth(w, after, adjoint)
-        seen |= {name for name, g in zip(h, pulled, strict=True) if g is not None}
-        memory.append(saved)
-        graphs.append((after, state))
-        if broke_at is None and not is_finite(after):
-            broke_at = t
-        w = detach(after)
-        state = optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
-    per_step = memory[1].beyond(memory[0]) if total > 1 else memory[0].beyond(Saved())
-    return Walk(total, per_step, frozenset(seen), growth, broke_at, w)
-
-
-def _growth(before: Vector, after: Vector, adjoint: Vector) -> float:
-    """Return |J^T a| / |a| of the last of a few power steps, J the derivative of a step over the variables."""
-    a, growth = adjoint, 0.0
-    pairs = [(name, t) for name, t in after.items() if t.requires_grad]
-    for _ in range(POWER_STEPS):
-        size = float(norm(a))
-        if not 0.0 < size < math.inf or not pairs:
-            break
-        a = scale(1.0 / size, a)
-        outputs, cotangents = [t for _, t in pairs], [a[name] for name, _ in pairs]
-        grads = torch.autograd.grad(outputs, list(before.values()), cotangents, retain_graph=True, allow_unused=True)
-        a = {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(before.items(), grads, strict=True)}
-        growth = float(norm(a))
-    return growth
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """Return the shortest time of a few calls; of one where that takes a second."""
     best = math.inf
@@ -249,37 +125,3 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be used on a device; None where the system does not say."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    if device.type != "cpu":
-        return None
-    limits = [limit for limit in (_available(), _group_limit()) if limit is not None]
-    return min(limits, default=None)
-
-
-def _available() -> int | None:
-    """Return what Linux calls available; elsewhere the free pages, where the system counts them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        names = getattr(os, "sysconf_names", {})
-        if not {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= set(names):
-            return None
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _group_limit() -> int | None:
-    """Return what is left below the memory limit of a container (control groups, version 2)."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - used + sum(int(size) for name, size in cached if name == "inactive_file")
-    except (OSError, ValueError):  # no such files, or no limit: "max"
-        return None

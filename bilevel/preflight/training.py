@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import torch
 
+from bilevel.memory import free_memory
 from bilevel.preflight.dryrun import DryRun
-from bilevel.preflight.probes import Walk, free_memory, milliseconds, random_vector, walk
+from bilevel.preflight.probes import milliseconds, random_vector
 from bilevel.preflight.report import Costs
 from bilevel.response import ProblemResponse
 from bilevel.solvers.about import about
 from bilevel.solvers.base import outer_gradient
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import size
+from bilevel.walk import Walk, walk
 
 CONDITION = {torch.float64: 1e6, torch.float32: 1e3}  # above, the digits of the type get scarce (field notes, fp32)
 FLAT = {torch.float64: 1e-12, torch.float32: 1e-6}  # smallest over largest eigenvalue that counts as zero
