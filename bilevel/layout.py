@@ -48,6 +48,10 @@ class Variables(ABC):
         """Return the tensors of `vector` in the user's structure; a dict by parameter names for a module."""
 
     @abstractmethod
+    def filled(self, vector: Vector) -> Any:
+        """Return a structure of the user's own kind with the tensors of `vector` in it (no copy, graphs intact)."""
+
+    @abstractmethod
     def read(self, structure: Any, source: str) -> Vector:
         """Return the tensors of what a user's function returned; raise in the user's terms."""
 

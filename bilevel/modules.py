@@ -48,7 +48,9 @@ class ModuleVariables(Variables):
         """Copy a module (the user's by default) and list where each trainable tensor sits in it."""
         module = self._original if source is None else source
         names = {id(p): name for name, p in _named_parameters(module).items() if p.requires_grad}
-        shared: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
+        # Frozen parameters are shared; so are tensors with a graph, which have been lent by another level and are
+        # swapped for others before use.
+        shared: dict[int, Any] = {id(p): p for p in module.parameters() if not (p.requires_grad and p.is_leaf)}
         try:
             copied = copy.deepcopy(module, shared)
         except RuntimeError as error:
@@ -118,6 +120,13 @@ class ModuleVariables(Variables):
     def shaped(self, vector: Vector) -> Any:
         """See `Variables.shaped`."""
         return dict(vector)
+
+    def filled(self, vector: Vector) -> nn.Module:
+        """See `Variables.filled`: a new module, whose parameters are these tensors."""
+        module, slots = self._copy(self._module)
+        for owner, attribute, name in slots:
+            owner._parameters[attribute] = vector[name]  # type: ignore[assignment]
+        return module
 
     def read(self, structure: Any, source: str) -> Vector:
         """Read a module of the same parameters, and take over its buffers."""

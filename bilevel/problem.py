@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -51,6 +51,9 @@ class BilevelProblem:
     1.0
     """
 
+    inner_name: ClassVar[str] = "inner_loss"
+    """What messages call the inner loss."""
+
     def __init__(
         self,
         inner_loss: Callable[..., Tensor],
@@ -93,7 +96,8 @@ class BilevelProblem:
         wrong = silently_wrong(inner_loss)
         if wrong:
             raise NotTwiceDifferentiableError(
-                f"`inner_loss` uses {'; and '.join(wrong)}. Its second derivative would be wrong without an error"
+                f"`{self.inner_name}` uses {'; and '.join(wrong)}. Its second derivative would be wrong without "
+                "an error"
             )
         self._examined = True
 

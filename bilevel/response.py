@@ -221,8 +221,8 @@ class ProblemResponse:
                 value = self._objective(structures, batch)
             if not value.requires_grad:
                 raise InvalidTypeError(
-                    "`inner_loss` returned a tensor that does not depend on params; do not detach them, and use the "
-                    "`params` that the loss is called with"
+                    f"`{problem.inner_name}` returned a tensor that does not depend on params; do not detach them, and "
+                    "use the `params` that the loss is called with"
                 )
             if create_graph:
                 problem.examine(value)
@@ -230,8 +230,8 @@ class ProblemResponse:
         self.cost.gradients += 1
         if all(g is None for g in grads):
             raise InvalidTypeError(
-                "`inner_loss` does not depend on params; use the `params` that the loss is called with, not the ones "
-                "from outside"
+                f"`{problem.inner_name}` does not depend on params; use the `params` that the loss is called with, not "
+                "the ones from outside"
             )
         pairs = zip(lower.items(), grads, strict=True)
         return value, {name: torch.zeros_like(t) if g is None else dense(g) for (name, t), g in pairs}
@@ -240,7 +240,7 @@ class ProblemResponse:
         """Return the loss that is trained on: the inner one, and a part of the outer one where a method adds it."""
         problem = self._problem
         given = (*structures, batch) if problem.inner_batches.given else structures
-        value = _checked_scalar(problem.inner_loss(*given), "inner_loss")
+        value = _checked_scalar(problem.inner_loss(*given), problem.inner_name)
         return value + self._weight * self._outer(structures) if self._weight else value
 
     def _outer(self, structures: tuple[Any, Any]) -> Tensor:

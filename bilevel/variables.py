@@ -58,6 +58,10 @@ class StructureVariables(Variables):
         """See `Variables.shaped`."""
         return optree.tree_unflatten(self._spec, [vector[name] for name in self.start])
 
+    def filled(self, vector: Vector) -> Any:
+        """See `Variables.filled`."""
+        return self.shaped(vector)
+
     def read(self, structure: Any, source: str) -> Vector:
         """See `Variables.read`."""
         names, tensors, _ = _named_leaves(structure, self.role, source)

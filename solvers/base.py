@@ -25,21 +25,12 @@ State = Any
 strings, tensors, dicts and lists of them), because it is saved in checkpoints."""
 
 
-class Response(Protocol):
-    """How the inner variables answer the outer ones, for one hypergradient.
-
-    Batches are drawn once, so every term of one hypergradient sees one function.
-    """
+class RootCondition(Protocol):
+    """R(w, λ) = 0, which defines w*(λ): all that the implicit function theorem needs to know."""
 
     cost: Cost
     second_moment: Vector | None
     """Mean square of the gradients that an adaptive inner optimizer met on its way; a preconditioner may use it."""
-    gradient_floor: float
-    """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
-
-    def loss(self, lower: Vector, upper: Vector) -> Tensor:
-        """Return f, differentiable."""
-        ...
 
     def at(self, lower: Vector, upper: Vector) -> AbstractContextManager[Any]:
         """Put these tensors into the user's modules while a graph is pulled back.
@@ -49,7 +40,21 @@ class Response(Protocol):
         ...
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
-        """Return R, the inner gradient, differentiable in both arguments."""
+        """Return R, differentiable in both arguments; the inner gradient of a bilevel problem."""
+        ...
+
+
+class Response(RootCondition, Protocol):
+    """How the inner variables answer the outer ones, for one hypergradient.
+
+    Batches are drawn once, so every term of one hypergradient sees one function.
+    """
+
+    gradient_floor: float
+    """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
+
+    def loss(self, lower: Vector, upper: Vector) -> Tensor:
+        """Return f, differentiable."""
         ...
 
     def inner(self, lower: Vector, upper: Vector) -> Tensor:
@@ -154,7 +159,7 @@ class Linearization:
         operator: v -> H v with H = dR/dw, the inner Hessian (symmetric, since R is a gradient).
     """
 
-    def __init__(self, response: Response, lower: Vector, upper: Vector) -> None:
+    def __init__(self, response: RootCondition, lower: Vector, upper: Vector) -> None:
         self._response, self._cost = response, response.cost
         self._lower, self._upper = leaves(lower), leaves(upper)
         attached = response.residual(self._lower, self._upper)

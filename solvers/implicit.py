@@ -80,13 +80,10 @@ class Implicit:
         """Return the hypergradient at the inner solution `lower`; `state` is the last adjoint."""
         outer = outer_gradient(response, lower, upper)
         system = Linearization(response, lower, upper)
-        solver = self.linear_solver or _pick(system.operator)
+        solver = self.linear_solver or default_solver(system.operator)
         warm: Adjoint | None = state
-        solution = solver.solve(system.operator, outer.lower, start=None if warm is None else warm["value"])
-        notes: tuple[str, ...] = ()
-        if solution.status == "nonpositive curvature" and not isinstance(solver, (Cholesky, MINRES)):
-            notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",)
-            solution = replace(MINRES().solve(system.operator, outer.lower), status=solution.status)
+        solution, turned = solve_safely(solver, system.operator, outer.lower, None if warm is None else warm["value"])
+        notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",) * turned
         through = negative(system.pull_back(solution.value))
         gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
         adjoint = _adjoint(system.operator, solution, warm)
@@ -112,10 +109,21 @@ class Adjoint(TypedDict):
     steps: int
 
 
-def _pick(operator: LinearOperator) -> LinearSolver:
+def default_solver(operator: LinearOperator) -> LinearSolver:
+    """Return what `linear_solver=None` stands for."""
     if operator.size <= DENSE_UP_TO:
         return Cholesky()
     return CG() if operator.symmetric else GMRES()
+
+
+def solve_safely(
+    solver: LinearSolver, operator: LinearOperator, rhs: Vector, start: Vector | None = None
+) -> tuple[LinearSolution, bool]:
+    """Solve, and where the solver met nonpositive curvature, by MINRES; return whether that was needed."""
+    solution = solver.solve(operator, rhs, start=start)
+    if solution.status != "nonpositive curvature" or isinstance(solver, (Cholesky, MINRES)):
+        return solution, False
+    return replace(MINRES().solve(operator, rhs), status=solution.status), True
 
 
 def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None) -> Adjoint:
