@@ -3,6 +3,7 @@
 from bilevel import inner
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
+from bilevel.comparison import ComparedMethod, Comparison, compare
 from bilevel.errors import (
     BilevelError,
     InvalidTypeError,
@@ -45,6 +46,8 @@ __all__ = [
     "BilevelProblem",
     "Certificate",
     "Checkpoint",
+    "ComparedMethod",
+    "Comparison",
     "Cholesky",
     "Cost",
     "Finding",
@@ -67,6 +70,7 @@ __all__ = [
     "Unroll",
     "check",
     "check_gradient",
+    "compare",
     "hypergradient",
     "inner",
     "interval",

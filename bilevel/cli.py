@@ -1,4 +1,4 @@
-"""The command line: `bilevel demo`, `bilevel check`."""
+"""The command line: `bilevel demo`, `bilevel check`, `bilevel compare`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import bilevel
 from bilevel.check_command import add_check_command, run_check
+from bilevel.compare_command import add_compare_command, run_compare
 from bilevel.errors import BilevelError, InvalidValueError
 
 GOOD, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return GOOD
         if options.command == "check":
             return run_check(options, print)
+        if options.command == "compare":
+            return run_compare(options, print)
         _demo(options)
     except SystemExit as exit_:  # argparse has said what is wrong, or has printed a help text
         return exit_.code if isinstance(exit_.code, int) else BAD_INPUT
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_seed, default=0, help="of the test rows and the folds (default: %(default)s)")
     demo.add_argument("--steps", type=_steps, default=30, help="most outer steps (default: %(default)s)")
     add_check_command(commands)
+    add_compare_command(commands)
     return parser
 
 

@@ -82,3 +82,37 @@ def _plot_hyperparameters(axes: Axes, records: list[Record]) -> None:
         axes.set_yscale("log")
     axes.set_title("hyperparameters")
     axes.legend(frameon=False, fontsize="small")
+
+
+MARKS = {"exact": ("o", "C2"), "approximate": ("s", "C0"), "untrusted": ("X", "C3")}
+NO_ERROR = 1e-17  # where an error of exactly zero is drawn, on a log scale
+
+
+def plot_comparison(axes: Axes, marks: list[tuple[str, float, float, str]], cost: str) -> None:
+    """Draw method, cost, error and verdict of each mark, both figures on log scales."""
+    for verdict, (marker, color) in MARKS.items():
+        mine = [mark for mark in marks if mark[3] == verdict]
+        if mine:
+            errors = [max(error, NO_ERROR) for _, _, error, _ in mine]
+            axes.scatter([at for _, at, _, _ in mine], errors, marker=marker, color=color, label=verdict, zorder=3)
+    axes.set(xscale="log", yscale="log", xlabel=cost, ylabel="relative error of the hypergradient")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", title="verdict", title_fontsize="small")
+    for (label, at, error, _), rise in zip(marks, _rises(axes, marks), strict=True):
+        axes.annotate(label, (at, max(error, NO_ERROR)), xytext=(6, rise), textcoords="offset points", fontsize="small")
+
+
+def _rises(axes: Axes, marks: list[tuple[str, float, float, str]]) -> list[float]:
+    """Return how far, in points, each label goes up so that it does not lie on one to its left or right."""
+    points = [axes.transData.transform((at, max(error, NO_ERROR))) for _, at, error, _ in marks]
+    placed: list[tuple[float, float, float]] = []  # left end, right end, height
+    rises = [0.0] * len(marks)
+    for i in sorted(range(len(marks)), key=lambda i: float(points[i][1])):
+        x, y = float(points[i][0]), float(points[i][1])
+        right = x + 7.0 * len(marks[i][0])
+        while any(left < right and x < end and abs(y + rises[i] - height) < 11.0 for left, end, height in placed):
+            rises[i] += 3.0
+        placed.append((x, right, y + rises[i]))
+    return rises

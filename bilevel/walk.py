@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.memory import Saved, saved_memory
+from bilevel.measure import Saved, saved_memory
 from bilevel.response import ProblemResponse
 from bilevel.vector import Vector, detach, is_finite, leaves, norm, scale
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import bilevel
 from bilevel import check_command, inner
 from bilevel.cli import main
-from bilevel.memory import free_memory
+from bilevel.measure import free_memory
 from bilevel.preflight import losses, training
 from bilevel.solvers import estimator
 from bilevel.solvers.about import about

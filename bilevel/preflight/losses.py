@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from bilevel.memory import saved_memory
+from bilevel.measure import saved_memory
 from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import against_differences, asymmetry, custom_functions, random_vector
 from bilevel.response import ProblemResponse

@@ -1,11 +1,8 @@
-"""Measurements at the starting point of a problem: products against differences, custom functions, times."""
+"""Measurements at the starting point of a problem: products against differences, the user's own functions."""
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,22 +103,3 @@ def custom_functions(value: Tensor) -> list[str]:
             found[owner.__qualname__] = None
         waiting.extend(parent for parent, _ in node.next_functions)
     return list(found)
-
-
-def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Return the shortest time of a few calls; of one where that takes a second."""
-    best = math.inf
-    for _ in range(repeats):
-        _wait(device)
-        begin = time.perf_counter()
-        run()
-        _wait(device)
-        best = min(best, time.perf_counter() - begin)
-        if best > 1.0:
-            break
-    return 1e3 * best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

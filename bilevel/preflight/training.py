@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from bilevel.memory import free_memory
+from bilevel.measure import free_memory, milliseconds
 from bilevel.preflight.dryrun import DryRun
-from bilevel.preflight.probes import milliseconds, random_vector
+from bilevel.preflight.probes import random_vector
 from bilevel.preflight.report import Costs
 from bilevel.response import ProblemResponse
 from bilevel.solvers.about import about

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bilevel.memory import peak_memory
+from bilevel.measure import peak_memory
 
 CPU = torch.device("cpu")
 MATRIX = 8 * 100 * 100

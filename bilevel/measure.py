@@ -1,10 +1,12 @@
-"""Memory: what graphs hold, the most that a run takes at once, and what is free."""
+"""What a run takes: milliseconds, what graphs hold, the peak of memory; and what memory is free."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,25 @@ import optree
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Return the shortest time of a few calls; of one where that takes a second."""
+    best = math.inf
+    for _ in range(repeats):
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        best = min(best, time.perf_counter() - begin)
+        if best > 1.0:
+            break
+    return 1e3 * best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass

@@ -1,0 +1,242 @@
+"""`compare`: several methods on one problem, each held against a reference, with what it took."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bilevel.bench import Bench, truth
+from bilevel.certificate import Certificate, Cost
+from bilevel.errors import BilevelError, InvalidTypeError, InvalidValueError
+from bilevel.evaluation import check_problem
+from bilevel.measure import milliseconds, peak_memory
+from bilevel.problem import BilevelProblem
+from bilevel.solvers import METHODS, Estimator, about, estimator
+from bilevel.vector import Vector, dot, norm, subtract
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Methods = Sequence[str | Estimator] | Mapping[str, str | Estimator]
+
+
+@dataclass(frozen=True)
+class ComparedMethod:
+    """One line of a comparison.
+
+    Attributes:
+        method: its name, or its settings.
+        error: |found - reference| / |reference|; None for a method that refused.
+        cosine: between found and reference.
+        seconds: shortest time of up to three calls; without the inner solve that methods share.
+        gradients: gradients of either loss, those of the method's own inner loop included.
+        products: Hessian-vector and Jacobian-vector products.
+        megabytes: peak of what it allocated.
+        verdict: the certificate's, or "refused".
+        claimed: the certificate's estimate of `error`.
+        refusal: why the method does not apply, in its own words; else empty.
+        gradient: the hypergradient, in the structure of `hparams`; None for a method that refused.
+    """
+
+    method: str
+    error: float | None
+    cosine: float | None
+    seconds: float
+    gradients: int
+    products: int
+    megabytes: float
+    verdict: str
+    claimed: float | None
+    refusal: str = ""
+    gradient: Any = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        rows: one for each method, in the order asked for.
+        reference: what the errors are held against, in words.
+        inner: the inner solve that methods share, in words; empty where every method runs a loop of its own.
+    """
+
+    rows: tuple[ComparedMethod, ...]
+    reference: str
+    inner: str
+
+    def table(self) -> str:
+        """Return a table that reads well in a terminal and is Markdown, with what it is held against below."""
+        lines = [_HEADER, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+        padded = [
+            " | ".join(_aligned(cell, w, i) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        rule = "|".join("-" * (w + 1) + (":" if i in _RIGHT else "-") for i, w in enumerate(widths))
+        text = [f"| {padded[0]} |", f"|{rule}|", *(f"| {line} |" for line in padded[1:]), ""]
+        text += [f"{row.method}: {row.refusal}" for row in self.rows if row.refusal]
+        text.append(f"reference: {self.reference}")
+        return "\n".join([*text, self.inner] if self.inner else text)
+
+    def plot(self, cost: str = "seconds") -> Figure:
+        """Draw error against cost, both on log scales, one labelled mark a method.
+
+        Args:
+            cost: "seconds", "products" or "megabytes".
+        """
+        from bilevel.plotting import new_figure, plot_comparison
+
+        if cost not in _COSTS:
+            raise InvalidValueError(f"`cost` is {cost!r}, expected one of {', '.join(_COSTS)}")
+        figure, (axes,) = new_figure(1, width=6.4, height=4.8)
+        shown = [row for row in self.rows if row.error is not None]
+        plot_comparison(
+            axes, [(row.method, getattr(row, cost), row.error or 0.0, row.verdict) for row in shown], _COSTS[cost]
+        )
+        return figure
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, without the gradients."""
+        rows = [{name: value for name, value in asdict(row).items() if name != "gradient"} for row in self.rows]
+        return {"rows": rows, "reference": self.reference, "inner": self.inner}
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+_HEADER = ("method", "error", "claimed", "cosine", "seconds", "gradients", "products", "MB", "verdict")
+_RIGHT = range(1, 8)
+_COSTS = {
+    "seconds": "seconds",
+    "products": "Hessian-vector and Jacobian-vector products",
+    "megabytes": "peak memory, MB",
+}
+
+
+def compare(
+    problem: BilevelProblem, methods: Methods | None = None, *, reference: Any = None, hparams: Any = None
+) -> Comparison:
+    """Take one hypergradient by each method and hold it against a reference.
+
+    Methods that differentiate the inner solution share one inner solve; methods that run a loop of their own do so.
+    All see the same batches and random numbers. Nothing of the user's is changed, and no verdict warns: it is in the
+    table.
+
+    Args:
+        problem: the problem.
+        methods: names and estimator objects, or a dict from labels to these; None: every name in `bilevel.METHODS`.
+        reference: a method, or a gradient in the structure of `hparams`. None: the implicit hypergradient at an inner
+            solution that is trained on to the end of the digits, by the dense Hessian up to 2,000 inner variables;
+            where only the inner loop uses a hyperparameter (a learning rate), `"unroll"`.
+        hparams: where, in natural units and the structure of the problem's `hparams`; None: its start values.
+
+    Returns:
+        `.rows`, `.table()`, `.plot()`.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.BilevelProblem(
+    ...     lambda w, h: ((w - 1) ** 2 + h * w**2).sum(), lambda w, h: (w**2).sum(),
+    ...     params=torch.zeros(2, dtype=torch.float64), hparams=bilevel.positive(1.0))
+    >>> comparison = bilevel.compare(problem, ["direct", "cg"])
+    >>> [row.method for row in comparison.rows if row.error < 1e-8 and row.verdict == "exact"]
+    ['direct', 'cg']
+    """
+    check_problem(problem)
+    chosen = _labelled(list(METHODS) if methods is None else methods)
+    upper = problem.hparams.layout.start if hparams is None else problem.hparams.read(hparams, "`hparams`")
+    bench = Bench(problem, upper)
+    if any(about(method).begins != "start" for method in chosen.values()):
+        bench.train()
+    exact, words = _reference(bench, reference)
+    rows = [_row(bench, label, method, exact) for label, method in chosen.items()]
+    return Comparison(tuple(rows), words, bench.words)
+
+
+def _labelled(methods: Methods) -> dict[str, Estimator]:
+    if isinstance(methods, Mapping):
+        return {label: estimator(method) for label, method in methods.items()}
+    if isinstance(methods, str) or not isinstance(methods, Sequence):
+        raise InvalidTypeError(
+            f"`methods` is {methods!r}, expected a list of methods; write compare(problem, [{methods!r}])"
+        )
+    if not methods:
+        raise InvalidValueError('`methods` is empty; write for example compare(problem, ["implicit", "neumann"])')
+    return {_words(method): estimator(method) for method in methods}
+
+
+def _words(method: str | Estimator) -> str:
+    """Return the name, or the settings without the addresses of functions."""
+    return method if isinstance(method, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(method))
+
+
+def _reference(bench: Bench, given: Any) -> tuple[Vector, str]:
+    """Return the gradient that errors are held against, and what it is."""
+    if given is None:
+        return truth(bench)
+    if isinstance(given, str) or callable(given):
+        method = estimator(given)
+        if about(method).begins != "start" and bench.lower is None:
+            bench.train()
+        found = bench.run(method)
+        return found.gradient, f"{_words(given)}, verdict {found.certificate.verdict}"
+    return bench.problem.hparams.layout.read(given, "`reference`"), "the gradient that was given"
+
+
+def _row(bench: Bench, label: str, method: Estimator, exact: Vector) -> ComparedMethod:
+    device = bench.device
+    try:
+        with peak_memory(device) as peak:
+            found = bench.run(method)
+        seconds = milliseconds(lambda: bench.run(method), device) / 1e3
+    except BilevelError as error:
+        return ComparedMethod(label, None, None, math.nan, 0, 0, math.nan, "refused", None, str(error))
+    certificate: Certificate = found.certificate
+    cost: Cost = found.cost
+    gradient = bench.problem.hparams.layout.shaped(found.gradient)
+    return ComparedMethod(
+        label,
+        _relative(found.gradient, exact),
+        _cosine(found.gradient, exact),
+        seconds,
+        cost.gradients,
+        cost.products,
+        peak.bytes / 1e6,
+        certificate.verdict,
+        certificate.error,
+        gradient=gradient,
+    )
+
+
+def _relative(found: Vector, truth: Vector) -> float:
+    whole = float(norm(truth))
+    return float(norm(subtract(found, truth))) / (whole if whole > 0.0 else 1.0)
+
+
+def _cosine(found: Vector, truth: Vector) -> float:
+    sizes = float(norm(found)) * float(norm(truth))
+    return float(dot(found, truth)) / sizes if sizes > 0.0 else math.nan
+
+
+def _cells(row: ComparedMethod) -> tuple[str, ...]:
+    if row.error is None or row.cosine is None:
+        return (row.method, *["-"] * 7, row.verdict)
+    claimed = "-" if row.claimed is None else f"{row.claimed:.1e}"
+    return (
+        row.method,
+        f"{row.error:.1e}",
+        claimed,
+        f"{row.cosine:.4f}",
+        f"{row.seconds:.2g}",
+        f"{row.gradients:,}",
+        f"{row.products:,}",
+        f"{row.megabytes:.3g}",
+        row.verdict,
+    )
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if column in _RIGHT else cell.ljust(width)
