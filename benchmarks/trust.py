@@ -1,6 +1,8 @@
 """Right, flagged or silently wrong: random problems and traps under every method.
 
     python -m benchmarks.trust [--problems 5000] [--seed 0] [--rivals]
+    python -m benchmarks.trust --part 1/10 --save 1.jsonl      (one tenth of the problems)
+    python -m benchmarks.trust --sum *.jsonl                   (the tables of all parts)
 
 Every hypergradient falls into one class:
 - right: trusted, and its true relative error is at most 1e-2 (verdict "exact") or 0.5 (verdict "approximate");
@@ -14,11 +16,13 @@ exact in the limit) or 0.5 (one that approximates by design).
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -74,12 +78,50 @@ def judge_run(case: Case, run: Run, seed: int) -> Verdict:
     return verdict("right" if error <= WRONG_ABOVE[certificate.verdict] else "silently wrong", True, detail)
 
 
-def verdicts(problems: int, seed: int) -> Iterator[Verdict]:
-    """Yield the outcome of every method on `problems` random problems."""
-    for i in range(seed * 1_000_003, seed * 1_000_003 + problems):
+def verdicts(problems: int, seed: int, part: tuple[int, int] = (1, 1), only: str = "") -> Iterator[Verdict]:
+    """Yield the outcome of every method on random problems.
+
+    Args:
+        problems: how many, all parts together.
+        seed: another one draws other problems.
+        part: `(k, n)` takes every n-th problem, from the k-th on.
+        only: a part of the names of the cases to run; empty: all.
+    """
+    first = seed * 1_000_003
+    for i in range(first + part[0] - 1, first + problems, part[1]):
         case = draw_case(i)
-        for run in case.runs:
+        for run in case.runs if only in case.name else ():
             yield judge_run(case, run, i)
+
+
+def summary(found: Sequence[Verdict], seconds: float) -> str:
+    """Return both tables, and what they count, as Markdown."""
+    count = len({v.seed for v in found})
+    head = f"{count} problems, {len(found)} hypergradients, {seconds:.0f} s"
+    return "\n\n".join([head, table(found, "method"), table(found, "case")])
+
+
+def save(path: Path, found: Sequence[Verdict], seconds: float) -> None:
+    """Write verdicts, one a line, below a line with the time they took."""
+    lines = [json.dumps({"seconds": seconds}), *(json.dumps(asdict(v)) for v in found)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load(paths: Sequence[Path]) -> tuple[list[Verdict], float]:
+    """Return the verdicts of saved parts, in the order of their seeds, and the time they took together."""
+    found, seconds = [], 0.0
+    for path in paths:
+        head, *rest = path.read_text(encoding="utf-8").splitlines()
+        seconds += json.loads(head)["seconds"]
+        found += [Verdict(**json.loads(line)) for line in rest]
+    return sorted(found, key=lambda v: v.seed), seconds
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, n = (int(word) for word in text.split("/"))
+    if not 1 <= k <= n:
+        raise argparse.ArgumentTypeError(f"--part is {text}, expected k/n with 1 <= k <= n, for example 1/10")
+    return k, n
 
 
 def _share(part: int, whole: int) -> str:
@@ -107,25 +149,40 @@ def table(found: Sequence[Verdict], by: Literal["method", "case"]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the study."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="right, flagged or silently wrong")
     parser.add_argument("--problems", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rivals", action="store_true", help="the same problems through TorchOpt, betty-ml and BOAT")
     parser.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th problem, from the K-th on"
+    )
+    parser.add_argument("--only", default="", help="only cases with this in their names")
+    parser.add_argument("--save", type=Path, help="write the verdicts to this file")
+    parser.add_argument("--sum", type=Path, nargs="+", help="run nothing; the tables of saved files together")
+    parser.add_argument(
         "--show", type=int, default=0, help="print this many of the verdicts that are not as they should"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the study."""
+    options = _options()
     if options.rivals:
         from benchmarks import rivals
 
         print(rivals.study(options.problems, options.seed))
         return
     begin = time.perf_counter()
-    found = list(verdicts(options.problems, options.seed))
-    print(f"{options.problems} problems, {len(found)} hypergradients, {time.perf_counter() - begin:.0f} s\n")
-    print(table(found, "method"), table(found, "case"), sep="\n\n")
+    if options.sum:
+        found, seconds = load(options.sum)
+    else:
+        found = list(verdicts(options.problems, options.seed, options.part, options.only))
+        seconds = time.perf_counter() - begin
+    if options.save:
+        save(options.save, found, seconds)
+    print(summary(found, seconds))
     bad: list[Any] = [v for v in found if v.outcome in ("silently wrong", "crashed")]
     bad += [v for v in found if v.healthy and v.outcome == "flagged" and v.fine]
     for v in bad[: options.show]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
 from bilevel.vector import Vector
+from bilevel.widening import widened
 
 
 class ModuleVariables(Variables):
@@ -72,7 +73,7 @@ class ModuleVariables(Variables):
         """See `Variables.bound`. Training flags are restored at the end."""
         at_rest = [owner._parameters[attribute] for owner, attribute, _ in self._slots]
         flags = [(module, module.training) for module in self._module.modules()]
-        buffers = [] if keep_buffers else self._lend_buffers()
+        buffers = [] if keep_buffers else self._lend_buffers(wide=not _same_dtype(vector, self.start))
         for owner, attribute, name in self._slots:
             owner._parameters[attribute] = vector[name]  # type: ignore[assignment]
         try:
@@ -99,8 +100,8 @@ class ModuleVariables(Variables):
         for name, buffer in self._module.named_buffers():
             buffer.copy_(buffers[name])
 
-    def _lend_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """Put clones in place of the buffers and return the originals with their places.
+    def _lend_buffers(self, *, wide: bool) -> list[tuple[nn.Module, str, Tensor]]:
+        """Put clones (`wide`: in float64) in place of the buffers and return the originals with their places.
 
         Rebinding, not copying back: a graph may have saved the clone.
         """
@@ -109,7 +110,7 @@ class ModuleVariables(Variables):
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
                     lent.append((module, attribute, buffer))
-                    module._buffers[attribute] = buffer.clone()
+                    module._buffers[attribute] = widened(buffer.clone()) if wide else buffer.clone()
         return lent
 
     def export(self, vector: Vector) -> nn.Module:
@@ -159,6 +160,10 @@ class ModuleVariables(Variables):
 def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by the names that they have in the uncompiled module."""
     return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
+
+
+def _same_dtype(a: Vector, b: Vector) -> bool:
+    return next(iter(a.values())).dtype == next(iter(b.values())).dtype
 
 
 def _uncompile(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,7 +17,8 @@ from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.problem import BilevelProblem
 from bilevel.randomness import fork_random, get_random, set_random
 from bilevel.twice import explained, twice_differentiable
-from bilevel.vector import Vector, dense, detach, leaves, norm
+from bilevel.vector import Vector, cast, dense, detach, leaves, norm
+from bilevel.widening import InFloat64, widened
 
 
 class ProblemResponse:
@@ -51,7 +52,9 @@ class ProblemResponse:
         self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
         self._weight = 0.0  # of the outer loss in what is trained on
         self._position = problem.inner_batches.position()
+        self._start: Vector = problem.params.start
         self._start_norm: float | None = None
+        self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.second_moment: Vector | None = None
         self._set_up = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()
@@ -108,10 +111,20 @@ class ProblemResponse:
     def start_gradient_norm(self, upper: Vector) -> float:
         """See `Response.start_gradient_norm`; one gradient, the first time."""
         if self._start_norm is None:
-            start = leaves(self.params.start)
+            start = leaves(self._start)
             _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, training=False, pinned=True)
             self._start_norm = float(norm(gradient))
         return self._start_norm
+
+    def in_float64(self) -> ProblemResponse:
+        """See `Response.in_float64`."""
+        wide = copy.copy(self)
+        wide._precision = InFloat64
+        wide._start, wide._start_norm = cast(self._start, torch.float64), None
+        wide._inner_batch, wide._outer_batch = widened(self._inner_batch), widened(self._outer_batch)
+        if self.second_moment is not None:
+            wide.second_moment = cast(self.second_moment, torch.float64)
+        return wide
 
     def redraw(self) -> None:
         """See `Response.redraw`."""
@@ -195,6 +208,7 @@ class ProblemResponse:
             self._problem.hparams.layout.bound(upper) as hparams,
             self._twice() if twice else nullcontext(),
             explained("differentiating the losses twice"),
+            self._precision(),
         ):
             yield params, hparams
 

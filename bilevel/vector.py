@@ -71,6 +71,11 @@ def detach(a: Vector) -> Vector:
     return {name: t.detach() for name, t in a.items()}
 
 
+def cast(a: Vector, dtype: torch.dtype) -> Vector:
+    """Return the vector in another precision, without a graph."""
+    return {name: t.detach().to(dtype) for name, t in a.items()}
+
+
 def leaves(a: Vector) -> Vector:
     """Return the same values as new leaves that require a gradient (no copy)."""
     return {name: t.detach().requires_grad_() for name, t in a.items()}

@@ -77,6 +77,10 @@ class Response(RootCondition, Protocol):
         """Say whether the inner solver can be differentiated: `initial_state`, `step`, `unroll_steps`."""
         ...
 
+    def in_float64(self) -> Response:
+        """Return the same problem, batches and random numbers in float64; raise where the losses cannot run so."""
+        ...
+
     def redraw(self) -> None:
         """Draw the next batches and new random numbers: another sample of the same problem."""
         ...

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
+import torch
+
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError
 from bilevel.operators import LinearOperator
@@ -31,7 +33,8 @@ from bilevel.solvers.correction import Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.vector import Vector, dot, norm, subtract
+from bilevel.solvers.refined import Seen, in_float64, short_of_digits
+from bilevel.vector import Vector, cast, dot, norm, subtract
 
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
@@ -49,7 +52,8 @@ class Implicit:
     """Differentiate through the inner optimum by the implicit function theorem.
 
     Exact at an exact inner solution; the error is about (inner residual + adjoint residual) times the condition
-    number of the inner Hessian. Costs no memory per inner step. Does not see learning rates.
+    number of the inner Hessian. Costs no memory per inner step. Does not see learning rates. Where float32 has too few
+    digits for the condition, all is done once more in float64.
 
     Args:
         linear_solver: `bilevel.CG()`, `bilevel.Cholesky()`, `bilevel.Neumann()` or any
@@ -78,6 +82,16 @@ class Implicit:
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
         """Return the hypergradient at the inner solution `lower`; `state` is the last adjoint."""
+        found, adjoint, seen = self._once(response, lower, upper, state)
+        if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
+            return found, adjoint
+        again, wide = in_float64(self, default_solver, response, lower, upper, (found, adjoint), seen)
+        return again, {**wide, "value": cast(wide["value"], torch.float32)}
+
+    def _once(
+        self, response: Response, lower: Vector, upper: Vector, state: State
+    ) -> tuple[Hypergradient, Adjoint, Seen]:
+        """Return the hypergradient in the precision of `lower`, the adjoint, and what both came from."""
         outer = outer_gradient(response, lower, upper)
         system = Linearization(response, lower, upper)
         solver = self.linear_solver or default_solver(system.operator)
@@ -91,7 +105,9 @@ class Implicit:
         certificate = _certify(response, outer, system, solution, curvature, lower, upper, gradient, solver.truncates)
         certificate = replace(certificate, notes=notes)
         correction = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
-        return Hypergradient(gradient, outer.loss, lower, certificate, response.cost, correction), adjoint
+        found = Hypergradient(gradient, outer.loss, lower, certificate, response.cost, correction)
+        cut_short = solution.status == "max_steps" and getattr(solver, "max_steps", None) is not None
+        return found, adjoint, Seen(outer, system.residual, not solver.truncates and not cut_short)
 
 
 _UNSEEN = (

@@ -33,6 +33,8 @@ FLOORS = {
     "bilevel.randomness": 1,
     "bilevel.twice": 1,
     "bilevel.measure": 1,
+    "bilevel.memory": 1,
+    "bilevel.widening": 1,
     "bilevel.solvers": 2,
     "bilevel.inner": 3,
     "bilevel.problem": 3,
