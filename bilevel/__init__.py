@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
 
-from bilevel import inner
+from bilevel import inner, prox
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
@@ -75,6 +75,7 @@ __all__ = [
     "inner",
     "interval",
     "positive",
+    "prox",
     "real",
     "simplex",
     "solve",

@@ -11,7 +11,7 @@ import torch
 
 from bilevel.errors import InvalidValueError
 from bilevel.evaluation import Evaluator, check_problem, own_randomness
-from bilevel.inner import LBFGS
+from bilevel.inner import LBFGS, Proximal
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator, estimator
@@ -74,8 +74,8 @@ def check_gradient(
 ) -> GradientCheck:
     """Compare the hypergradient with central differences of F along random directions.
 
-    For an implicit method the inner problem is solved again at every point, an inner L-BFGS to rtol 1e-12; for an
-    unrolled one the loop is run again. Minibatches and random numbers are the same at every point.
+    For an implicit method the inner problem is solved again at every point, by L-BFGS and Proximal to rtol 1e-12; for
+    an unrolled one the loop is run again. Minibatches and random numbers are the same at every point.
 
     Args:
         problem: the problem, checked at the start values of its hyperparameters.
@@ -115,7 +115,7 @@ def check_gradient(
 def _outer_loss(problem: BilevelProblem, method: Estimator, upper: Vector, near: Vector) -> float:
     """Return F(λ): train, from `near` for an implicit method, and evaluate."""
     solver = problem.inner_solver
-    if isinstance(solver, LBFGS):
+    if isinstance(solver, LBFGS | Proximal):
         solver = replace(solver, rtol=TIGHT)
     response = ProblemResponse(problem, inner_solver=solver)
     problem.params.rewind()

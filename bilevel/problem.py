@@ -16,6 +16,7 @@ from bilevel.errors import InvalidTypeError, InvalidValueError, NotTwiceDifferen
 from bilevel.hyperparameters import Hyperparameters
 from bilevel.inner import LBFGS, Custom, InnerSolver
 from bilevel.layout import Variables
+from bilevel.prox import assign
 from bilevel.twice import silently_wrong
 from bilevel.variables import variables
 
@@ -78,6 +79,7 @@ class BilevelProblem:
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
         self.inner_solver = _as_solver(inner_solver, self.inner_batches.given)
+        assign(getattr(self.inner_solver, "penalties", ()), self.params)
         self._examined = False
 
     @property

@@ -15,6 +15,7 @@ from bilevel.certificate import Cost
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.problem import BilevelProblem
+from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
 from bilevel.twice import explained, twice_differentiable
 from bilevel.vector import Vector, cast, dense, detach, leaves, norm
@@ -31,6 +32,8 @@ class ProblemResponse:
         second_moment: see `Response`.
         inner_loss: the inner loss where it was last differentiated; None before.
         gradient_floor: see `Response`.
+        piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
+            and without a penalty of `bilevel.prox`.
     """
 
     def __init__(
@@ -44,6 +47,8 @@ class ProblemResponse:
         self._problem = problem
         self._solver = inner_solver or problem.inner_solver
         self.params = problem.params
+        self._penalties = assign(getattr(self._solver, "penalties", ()), problem.params)
+        self.piece: Piece | None = None
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
@@ -74,11 +79,39 @@ class ProblemResponse:
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
         """See `Response.residual`."""
-        value, gradient = self._inner(lower, upper, self._inner_batch, create_graph=True, training=False, pinned=True)
+        if self._penalties and self.piece is None:
+            self.piece = self._find_piece(lower, upper)
+        if self.piece is None:
+            value, gradient = self._smooth(lower, upper)
+        else:
+            value, gradient = self.piece.evaluate(lower, lambda: self.hparams(upper), lambda w: self._smooth(w, upper))
         self.inner_loss = float(value.detach())
         if not math.isfinite(self.inner_loss):
             raise NonFiniteError(f"the inner loss is {self.inner_loss} at the inner solution", "inner loss")
         return gradient
+
+    def _smooth(self, lower: Vector, upper: Vector) -> tuple[Tensor, Vector]:
+        return self._inner(lower, upper, self._inner_batch, create_graph=True, training=False, pinned=True)
+
+    def _find_piece(self, lower: Vector, upper: Vector) -> Piece:
+        h, size = detach(upper), self.start_gradient_norm(upper)
+        self.cost.products += 1
+        return Piece.examined(
+            self._penalties, lower, lambda: self.hparams(h), lambda w: self._smooth(w, h), size, self.params.label
+        )
+
+    def on(self, piece: Piece) -> ProblemResponse:
+        """See `Task.on`."""
+        held = copy.copy(self)
+        held.piece = piece
+        return held
+
+    def without_kinks(self, lower: Vector, upper: Vector) -> ProblemResponse:
+        """Return the same problem with no entry held by a penalty: its curvature in all directions."""
+        if not self._penalties:
+            return self
+        with self.hparams(detach(upper)) as hparams:
+            return self.on(Piece.at(self._penalties, lower, hparams).everywhere())
 
     def inner(self, lower: Vector, upper: Vector) -> Tensor:
         """See `Response.inner`."""
@@ -87,7 +120,10 @@ class ProblemResponse:
             self._lent(lower, upper, keep_buffers=False) as structures,
             self._randomness(pinned=True),
         ):
-            return self._objective(structures, self._inner_batch)
+            return self._objective(structures, self._inner_batch) + self._penalty(lower, structures[1])
+
+    def _penalty(self, lower: Vector, hparams: Any) -> Tensor | float:
+        return sum(penalty.value(lower[name], hparams) for name, penalty in self._penalties.items())
 
     def solve(self, lower: Vector, upper: Vector, weight: float = 0.0) -> Vector:
         """See `Response.solve`."""
@@ -169,6 +205,7 @@ class ProblemResponse:
 
     def solve_inner(self, lower: Vector, upper: Vector) -> InnerSolution:
         """Run the inner solver from `lower`."""
+        self.piece = None
         solution = self._solver.solve(self, lower, upper)
         self.second_moment = solution.second_moment
         return solution

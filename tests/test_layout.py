@@ -25,6 +25,7 @@ FLOORS = {
     "bilevel.hyperparameters": 1,
     "bilevel.ranges": 1,
     "bilevel.operators": 1,
+    "bilevel.prox": 1,
     "bilevel.certificate": 1,
     "bilevel.data": 1,
     "bilevel.minimize": 1,

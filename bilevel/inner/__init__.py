@@ -4,5 +4,19 @@ from bilevel.inner.base import InnerSolution, InnerSolver, Task
 from bilevel.inner.custom import Custom
 from bilevel.inner.lbfgs import LBFGS
 from bilevel.inner.optimizers import SGD, Adam, AdamW, RMSProp
+from bilevel.inner.proximal import Proximal
+from bilevel.inner.proximal_gradient import ProximalGradient
 
-__all__ = ["LBFGS", "SGD", "Adam", "AdamW", "Custom", "InnerSolution", "InnerSolver", "RMSProp", "Task"]
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Custom",
+    "InnerSolution",
+    "InnerSolver",
+    "Proximal",
+    "ProximalGradient",
+    "RMSProp",
+    "Task",
+]

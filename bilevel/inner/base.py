@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bilevel.layout import Variables
+from bilevel.prox.piece import Piece
 from bilevel.solvers.base import Response
 from bilevel.vector import Vector
 
@@ -65,6 +66,10 @@ class Task(Response, Protocol):
         """Lend the user's `hparams` with the tensors of `upper`."""
         ...
 
+    def on(self, piece: Piece) -> Response:
+        """Return the same problem with its residual along one smooth piece."""
+        ...
+
 
 Decay = Literal["gradient", "step"] | None
 """How a solver shrinks weights besides minimizing `inner_loss`: in the gradient (L2), in the step (decoupled), not."""
@@ -78,6 +83,8 @@ class InnerSolver(Protocol):
 
     What else a solver may declare, for the checks of misuse:
         decays_outside_loss: a `Decay`; its end is then no stationary point of `inner_loss`. Without it: None.
+        penalties: those of `bilevel.prox` that it minimizes besides `inner_loss`, a tuple; the residual is then taken
+            along the smooth piece on which its end lies. Without it: none.
         needs_fixed_loss: it needs one batch and no random numbers. Without it: False.
         whole_loop: its one step is the user's whole training loop. Without it: False.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from bilevel.errors import InvalidTypeError
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.modules import ModuleVariables
+from bilevel.prox.base import Penalty, as_penalties
 from bilevel.vector import Vector, detach
 
 
@@ -23,9 +24,12 @@ class Custom:
 
     Args:
         fit: the user's function.
+        penalty: what it minimizes besides `inner_loss`, of `bilevel.prox` (scikit-learn's Lasso: `prox.L1`); None:
+            nothing.
     """
 
     fit: Callable[..., Any]
+    penalty: Penalty | Sequence[Penalty] | None = None
     whole_loop: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -34,6 +38,13 @@ class Custom:
                 f"`inner_solver` is a {type(self.fit).__name__}, expected None, a solver of bilevel.inner "
                 "(inner.SGD(lr=0.1, steps=100)), or a function fit(params, hparams) -> params"
             )
+        if self.penalty is not None:
+            as_penalties(self.penalty, "inner.Custom")
+
+    @property
+    def penalties(self) -> tuple[Penalty, ...]:
+        """See `InnerSolver`."""
+        return () if self.penalty is None else as_penalties(self.penalty, "inner.Custom")
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         """See `InnerSolver.solve`."""

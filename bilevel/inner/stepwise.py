@@ -43,7 +43,8 @@ class Stepwise:
                     f"{name}: `{field.name}` is a function, but only {', '.join(self.tunable())} may depend on "
                     "hyperparameters; give a number"
                 )
-            if field.name in self.tunable() and not (callable(value) or isinstance(value, Tensor)):
+            by_default = value is None and field.default is None
+            if field.name in self.tunable() and not (callable(value) or isinstance(value, Tensor) or by_default):
                 check_number(value, f"{name}: `{field.name}`", "; or a function: lambda h: h[...]")
         self.check()
 
@@ -87,14 +88,15 @@ class Stepwise:
         graph = any(x.requires_grad for x in lower.values())
         _, gradient = task.value_and_gradient(lower, upper, task.draw(), create_graph=graph)
         with torch.set_grad_enabled(graph), task.hparams(upper) as hparams:
-            now = {
-                field.name: _evaluate(
-                    getattr(self, field.name), hparams, t, f"inner.{type(self).__name__}: `{field.name}`"
-                )
-                for field in fields(self)
-                if field.name in self.tunable()
-            }
-            return self.update(lower, gradient, state, t, now)
+            return self.update(lower, gradient, state, t, self.settings(hparams, t))
+
+    def settings(self, hparams: Any, t: int) -> dict[str, Any]:
+        """Return the settings that may be functions, for step `t`."""
+        return {
+            field.name: _evaluate(getattr(self, field.name), hparams, t, f"inner.{type(self).__name__}: `{field.name}`")
+            for field in fields(self)
+            if field.name in self.tunable()
+        }
 
     @abstractmethod
     def initial_state(self, lower: Vector) -> Any:

@@ -54,7 +54,7 @@ def check(problem: BilevelProblem, method: str | Estimator = "implicit") -> Repo
     check_settings(dry)
     with own_randomness(problem, seed=0), _left_alone(problem):
         with dry.tried("problem"):
-            dry.response = ProblemResponse(problem)
+            dry.response = ProblemResponse(problem).without_kinks(dry.lower, dry.upper)
         if dry.response is not None:
             _inspect(dry, dry.response)
     return Report(_words(problem), _words(dry.method), by_level(dict.fromkeys(dry.findings)), dry.costs)
