@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import bilevel
+from benchmarks.killed_run import child, outcome, run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
-from benchmarks.killed_run import child, outcome, run  # noqa: E402
 
 
 class Crash(Exception):

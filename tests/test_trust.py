@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bilevel
+from benchmarks.calibration import BARS, summary, trials
+from benchmarks.problems import Dice
+from benchmarks.traps import draw_case
+from benchmarks.trust import verdicts
 from bilevel import (
     CG,
     GMRES,
@@ -32,13 +34,6 @@ from bilevel.certificate import Certificate, Hypergradient
 from bilevel.evaluation import Evaluator
 from bilevel.solvers import Estimator
 from bilevel.testing import KnownProblem, known_problems, relative_error
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
-from benchmarks.calibration import BARS, summary, trials  # noqa: E402
-from benchmarks.problems import Dice  # noqa: E402
-from benchmarks.traps import draw_case  # noqa: E402
-from benchmarks.trust import verdicts  # noqa: E402
 
 PROBLEMS = {known.name: known for known in known_problems()}
 RIDGE, LOGISTIC = PROBLEMS["per-feature ridge"], PROBLEMS["logistic regression"]
