@@ -3,8 +3,8 @@
     python -m benchmarks.annotators [--steps 30] [--seed 0] [--methods cg unroll ...]
 
 The labels of 20 annotators, 20 images each, are given to softmax regression with a weight for each annotator. Ten of
-them guess. The weights (0 to 1) are tuned on 200 clean validation labels by every method of the table of names, from 0.5. A
-method that runs the inner loop gets heavy-ball SGD, the others L-BFGS; the single-loop ones move both levels at once.
+them guess. The weights (0 to 1) are tuned from 0.5 on 200 clean validation labels by every method of the table. One
+that differentiates the inner loop gets heavy-ball SGD, the others L-BFGS; the single-loop ones need neither.
 """
 
 from __future__ import annotations

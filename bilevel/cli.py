@@ -1,4 +1,4 @@
-"""The command line: `bilevel demo`, `bilevel check`, `bilevel compare`."""
+"""The command line: `bilevel demo`, `bilevel check`, `bilevel compare`, `bilevel methods`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import bilevel
 from bilevel.check_command import add_check_command, run_check
 from bilevel.compare_command import add_compare_command, run_compare
 from bilevel.errors import BilevelError, InvalidValueError
+from bilevel.method_table import method_table
 
 GOOD, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return GOOD
         if options.command == "check":
             return run_check(options, print)
+        if options.command == "methods":
+            print(method_table())
+            return GOOD
         if options.command == "compare":
             return run_compare(options, print)
         _demo(options)
@@ -77,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_steps, default=30, help="most outer steps (default: %(default)s)")
     add_check_command(commands)
     add_compare_command(commands)
+    commands.add_parser("methods", help="the table of methods: what each sees, needs and costs")
     return parser
 
 
