@@ -4,6 +4,7 @@ from bilevel import inner, prox
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
+from bilevel.differentiable import Anderson, Newton, argmin, fixed_point, root
 from bilevel.errors import (
     BilevelError,
     InvalidTypeError,
@@ -37,6 +38,7 @@ from bilevel.solvers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Anderson",
     "CG",
     "GMRES",
     "METHODS",
@@ -58,6 +60,7 @@ __all__ = [
     "InvalidTypeError",
     "InvalidValueError",
     "Neumann",
+    "Newton",
     "NonFiniteError",
     "NotTwiceDifferentiableError",
     "Record",
@@ -68,15 +71,18 @@ __all__ = [
     "UntrustedHypergradientError",
     "UntrustedHypergradientWarning",
     "Unroll",
+    "argmin",
     "check",
     "check_gradient",
     "compare",
+    "fixed_point",
     "hypergradient",
     "inner",
     "interval",
     "positive",
     "prox",
     "real",
+    "root",
     "simplex",
     "solve",
 ]

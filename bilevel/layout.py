@@ -14,18 +14,14 @@ from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.vector import Vector, is_finite
 
 
-class Variables(ABC):
-    """The layout of one side of a problem: where each named tensor sits in the user's structure.
+class Lent(ABC):
+    """Tensors in the user's structure, with others in their place while one of the user's functions runs.
 
     Attributes:
         role: the argument's name in messages, "params" or "hparams".
-        start: the user's values, copied; `Vector`.
-        start_buffers: the buffers (BatchNorm statistics) that came with them; empty without a module.
     """
 
     role: str
-    start: Vector
-    start_buffers: Vector
 
     @abstractmethod
     @contextmanager
@@ -38,6 +34,22 @@ class Variables(ABC):
                 moves is undone at the end.
         """
         yield
+
+    def label(self, name: str) -> str:
+        """Return how messages call a tensor: `params['layer.weight']`, or `params` if it is alone."""
+        return self.role if name == self.role else f"{self.role}['{name}']"
+
+
+class Variables(Lent):
+    """The layout of one side of a problem: where each named tensor sits in the user's structure.
+
+    Attributes:
+        start: the user's values, copied; `Vector`.
+        start_buffers: the buffers (BatchNorm statistics) that came with them; empty without a module.
+    """
+
+    start: Vector
+    start_buffers: Vector
 
     @abstractmethod
     def export(self, vector: Vector) -> Any:
@@ -74,10 +86,6 @@ class Variables(ABC):
     def has_recurrent_layers_on_gpu(self) -> bool:
         """Say whether a module has an RNN, LSTM or GRU on a GPU; cuDNN's have no second derivative."""
         return False
-
-    def label(self, name: str) -> str:
-        """Return how messages call a tensor: `params['layer.weight']`, or `params` if it is alone."""
-        return self.role if name == self.role else f"{self.role}['{name}']"
 
     def check(self, vector: Vector, source: str) -> Vector:
         """Raise unless `vector` is finite and has the names, shapes, dtypes and devices of `start`."""

@@ -29,7 +29,7 @@ class ModuleVariables(Variables):
     def __init__(self, module: nn.Module, role: str) -> None:
         self.role = role
         self._original = module
-        trainable: Vector = {name: p for name, p in _named_parameters(module).items() if p.requires_grad}
+        trainable: Vector = {name: p for name, p in named_parameters(module).items() if p.requires_grad}
         if not trainable:
             raise InvalidValueError(
                 f"`{role}` is a {type(module).__name__} without a parameter that requires a gradient; "
@@ -48,7 +48,7 @@ class ModuleVariables(Variables):
     def _copy(self, source: nn.Module | None = None) -> tuple[nn.Module, list[tuple[nn.Module, str, str]]]:
         """Copy a module (the user's by default) and list where each trainable tensor sits in it."""
         module = self._original if source is None else source
-        names = {id(p): name for name, p in _named_parameters(module).items() if p.requires_grad}
+        names = {id(p): name for name, p in named_parameters(module).items() if p.requires_grad}
         # Frozen parameters are shared; so are tensors with a graph, which have been lent by another level and are
         # swapped for others before use.
         shared: dict[int, Any] = {id(p): p for p in module.parameters() if not (p.requires_grad and p.is_leaf)}
@@ -136,7 +136,7 @@ class ModuleVariables(Variables):
                 f"{source} is a {type(structure).__name__}, expected the {type(self._original).__name__} "
                 "that came in (trained in place), or nothing"
             )
-        found = _named_parameters(structure)
+        found = named_parameters(structure)
         tensors = {name: found[name] for name in self.start if name in found}
         vector = self.check({name: t.detach().clone() for name, t in tensors.items()}, source)
         trained = dict(structure.named_buffers())
@@ -148,7 +148,7 @@ class ModuleVariables(Variables):
 
     def write_back(self, vector: Vector) -> None:
         """See `Variables.write_back`; buffers are written too."""
-        parameters = _named_parameters(self._original)
+        parameters = named_parameters(self._original)
         buffers = dict(self._original.named_buffers())
         with torch.no_grad():
             for name, tensor in vector.items():
@@ -157,7 +157,7 @@ class ModuleVariables(Variables):
                 buffers[name].copy_(buffer)
 
 
-def _named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by the names that they have in the uncompiled module."""
     return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
 

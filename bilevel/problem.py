@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class BilevelProblem:
     1.0
     """
 
-    inner_name: ClassVar[str] = "inner_loss"
+    inner_name: str = "inner_loss"
     """What messages call the inner loss."""
 
     def __init__(

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel.certificate import Cost
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
+from bilevel.layout import Lent
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
@@ -49,6 +50,7 @@ class ProblemResponse:
         self.params = problem.params
         self._penalties = assign(getattr(self._solver, "penalties", ()), problem.params)
         self.piece: Piece | None = None
+        self._hparams: Lent = problem.hparams.layout
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
@@ -172,7 +174,7 @@ class ProblemResponse:
 
     def label(self, name: str) -> str:
         """See `Response.label`."""
-        return self._problem.hparams.layout.label(name)
+        return self._hparams.label(name)
 
     @property
     def has_step(self) -> bool:
@@ -227,7 +229,7 @@ class ProblemResponse:
 
     def hparams(self, upper: Vector) -> AbstractContextManager[Any]:
         """See `Task.hparams`."""
-        return self._problem.hparams.layout.bound(upper)
+        return self._hparams.bound(upper)
 
     @contextmanager
     def at(self, lower: Vector, upper: Vector) -> Iterator[tuple[Any, Any]]:
@@ -242,7 +244,7 @@ class ProblemResponse:
         """Lend the user's structures with these tensors, where a loss is run or differentiated."""
         with (
             self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
-            self._problem.hparams.layout.bound(upper) as hparams,
+            self._hparams.bound(upper) as hparams,
             self._twice() if twice else nullcontext(),
             explained("differentiating the losses twice"),
             self._precision(),

@@ -1,0 +1,75 @@
+"""The user's function with its arguments, as inner solvers and the implicit function theorem see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.differentiable.arguments import Arguments
+from bilevel.errors import InvalidTypeError
+from bilevel.hyperparameters import real
+from bilevel.inner import LBFGS, InnerSolver
+from bilevel.problem import BilevelProblem
+from bilevel.response import ProblemResponse
+from bilevel.solvers.linear.base import dtype_of
+from bilevel.vector import Vector, subtract
+
+# Derivatives of derivatives amplify what the solver leaves, so by default it goes to the end of the digits.
+RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+class LossResponse(ProblemResponse):
+    """`loss(params, *args)` as the inner problem of a bilevel one, whose `hparams` are the arguments."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], params: Any, arguments: Arguments, solver: Any = None, name: str = "loss"
+    ) -> None:
+        def inner_loss(w: Any, args: Any) -> Tensor:
+            return loss(w, *args)
+
+        def fit(w: Any, args: Any) -> Any:
+            return solver(w, *args)
+
+        own_loop = callable(solver) and not hasattr(solver, "solve") and not isinstance(solver, type)
+        # real(0.0) stands in for the arguments, which are of all kinds: `_hparams` lends those in its place.
+        problem = BilevelProblem(inner_loss, inner_loss, params, real(0.0), fit if own_loop else solver)
+        problem.inner_name = name
+        exact = LBFGS(RTOL.get(dtype_of(problem.params.start))) if solver is None else None
+        super().__init__(problem, inner_solver=exact)
+        self.name = name
+        self._hparams = arguments
+
+    @property
+    def solver(self) -> InnerSolver:
+        """The inner solver in use."""
+        return self._solver
+
+
+class ResidualResponse(LossResponse):
+    """R(x, *args) for a user's function: a residual, or a map whose fixed point is wanted (then R = x - map)."""
+
+    def __init__(self, function: Callable[..., Any], start: Any, arguments: Arguments, name: str) -> None:
+        super().__init__(function, start, arguments, name=name)
+        self._function = function
+
+    def residual(self, lower: Vector, upper: Vector) -> Vector:
+        """See `RootCondition.residual`."""
+        with (
+            torch.enable_grad(),
+            self._lent(lower, upper, keep_buffers=False) as (x, args),
+            self._randomness(pinned=True),
+        ):
+            returned = self.params.read(self._function(x, *args), f"what `{self.name}` returned")
+            self.cost.gradients += 1
+            if self.name == "map":
+                return subtract(lower, returned)
+        attached = any(t.requires_grad for t in lower.values())
+        if attached and not any(t.requires_grad for t in returned.values()):
+            raise InvalidTypeError(
+                f"`{self.name}` returned tensors that do not depend on its first argument; do not detach it, and use "
+                "the one that the function is called with"
+            )
+        return returned
