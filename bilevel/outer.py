@@ -32,7 +32,7 @@ from bilevel.evaluation import (
 from bilevel.problem import BilevelProblem
 from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
-from bilevel.solvers import Estimator, estimator
+from bilevel.solvers import Estimator, about, estimator
 
 OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
 
@@ -98,7 +98,8 @@ def solve(
         method: a name (see `bilevel.METHODS`) or an estimator object.
         steps: most outer steps; None: 100.
         outer_optimizer: a `torch.optim` class or a factory `tensors -> optimizer`, over the unconstrained values; or
-            "lbfgs", SciPy's L-BFGS-B. None: "lbfgs" where both levels are deterministic, else Adam(lr=0.05).
+            "lbfgs", SciPy's L-BFGS-B. None: "lbfgs" where both levels and the method are deterministic, else
+            Adam(lr=0.05).
         tol: stop when the norm of the projected hypergradient over the unconstrained values is at most `tol` times its
             norm at the start; None: 1e-6 in float64, 1e-4 in float32.
         seed: seed of torch's random numbers inside the run; the global random state is left as it was.
@@ -118,7 +119,8 @@ def solve(
     check_problem(problem)
     check_on_untrusted(on_untrusted)
     _check_run(steps, tol, callbacks)
-    optimizer = _outer_optimizer(outer_optimizer, problem)
+    chosen = estimator(method)
+    optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = next(iter(problem.hparams.layout.start.values())).dtype
     steps = 100 if steps is None else steps
@@ -127,9 +129,7 @@ def solve(
     problem.restart()
     with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
         report = [*callbacks, lambda record: _show(bar, record)]
-        run = Run(
-            Evaluator(problem, estimator(method)), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report
-        )
+        run = Run(Evaluator(problem, chosen), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report)
         status = _walk(run, Keeper(place, _label(optimizer)), optimizer)
     solution = run.solution(status)
     _report_run(solution, on_untrusted)
@@ -192,9 +192,16 @@ def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
         )
 
 
-def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem) -> Any:
+def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Estimator) -> Any:
+    random = about(method).random
     if given is None:
-        return "lbfgs" if problem.deterministic else lambda tensors: torch.optim.Adam(tensors, lr=0.05)
+        fixed = problem.deterministic and not random
+        return "lbfgs" if fixed else lambda tensors: torch.optim.Adam(tensors, lr=0.05)
+    if given == "lbfgs" and random:
+        raise InvalidValueError(
+            f'`outer_optimizer` is "lbfgs", whose line search compares hypergradients, and {method!r} draws other '
+            "random numbers for each; write outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+        )
     if isinstance(given, str) and given != "lbfgs":
         raise InvalidValueError(
             f'`outer_optimizer` is {given!r}, expected "lbfgs", a torch.optim class, or a factory such as '

@@ -11,6 +11,7 @@ from bilevel.solvers.about import About, Terms, about
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.fixed_point import FixedPoint
+from bilevel.solvers.forward import Forward
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver, Neumann
 from bilevel.solvers.truncated import Truncated, Unroll
@@ -26,6 +27,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "fixed-point": FixedPoint,
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
+    "forward": Forward,
 }
 
 
@@ -69,6 +71,7 @@ __all__ = [
     "Cholesky",
     "Estimator",
     "FixedPoint",
+    "Forward",
     "Implicit",
     "LinearSolution",
     "LinearSolver",

@@ -45,6 +45,7 @@ class About:
         derivatives: how many times the inner loss must be differentiable: 2, 1, or 0 for a loop run as it is.
         exact: exact in the limit; False for a method that approximates by design.
         terms: cost and error in words.
+        random: it draws random numbers of its own, so that two calls differ and no line search can compare them.
     """
 
     begins: Begins
@@ -52,11 +53,27 @@ class About:
     derivatives: Literal[0, 1, 2]
     exact: bool
     terms: Terms
+    random: bool = False
 
     @property
     def unrolls(self) -> bool:
         """The inner loop is run and its steps are differentiated."""
         return self.begins == "start" and self.derivatives > 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What differentiating an inner loop takes; an estimator that unrolls may return it from `sweep(steps, m)`.
+
+    Attributes:
+        products: Hessian-vector or Jacobian-vector products.
+        graphs: steps whose graphs are held at once.
+        tangents: vectors of the inner variables and the optimizer's state that are held beside them.
+    """
+
+    products: int
+    graphs: int
+    tangents: int = 0
 
 
 UNDECLARED = About("solution", "losses", 2, True, Terms("not declared", "not declared", "not declared", "-"))

@@ -12,19 +12,18 @@ and the size of what truncation leaves out is known.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import optree
 import torch
 from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
-from bilevel.errors import InvalidTypeError, NonFiniteError
-from bilevel.solvers.about import About, Terms
+from bilevel.solvers.about import About, Sweep, Terms
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
 from bilevel.solvers.linear.base import check_count
+from bilevel.solvers.recorded import RecordedStep, check_end, exact_for_the_loop, inner_residual, record, without_graph
 from bilevel.solvers.tail import ONWARD, Tail
-from bilevel.vector import Vector, axpy, dense, detach, is_finite, leaves, norm, zeros_like
+from bilevel.vector import Vector, axpy, detach, leaves, norm, zeros_like
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,10 @@ class Truncated:
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")
 
+    def sweep(self, steps: int, hyperparameters: int) -> Sweep:
+        """Return what a loop of so many steps takes."""
+        return Sweep(products=min(self.steps, steps), graphs=min(self.steps, steps))
+
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
@@ -72,6 +75,10 @@ class Unroll:
         terms=Terms("T products", "T steps", "rounding; it is the loop's own gradient", "Franceschi et al. 2017"),
     )
 
+    def sweep(self, steps: int, hyperparameters: int) -> Sweep:
+        """Return what a loop of so many steps takes."""
+        return Sweep(products=steps, graphs=steps)
+
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
@@ -79,31 +86,19 @@ class Unroll:
         return _differentiate(response, lower, upper, response.unroll_steps()), None
 
 
-@dataclass
-class _Step:
-    """One recorded step: the leaves it started from and the tensors that came out."""
-
-    lower: Vector
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
 def _differentiate(response: Response, lower: Vector, upper: Vector, window: int) -> Hypergradient:
     total = response.unroll_steps()
     window = min(window, total)
     h = leaves(upper)
     w, state = detach(lower), response.initial_state(lower)
-    recorded: list[_Step] = []
+    recorded: list[RecordedStep] = []
     for t in range(total):
         if t < total - window:
-            w, state = _without_graph(*response.step(w, state, detach(upper), t))
+            w, state = without_graph(*response.step(w, state, detach(upper), t))
         else:
-            w, state = _record(response, w, state, h, t, recorded)
-    if not is_finite(w):
-        raise NonFiniteError(
-            "the inner loop ended in NaN or infinity; lower the inner learning rate or the number of steps",
-            "inner variables",
-        )
+            step, w, state = record(response, w, state, h, t)
+            recorded.append(step)
+    check_end(w)
     outer = outer_gradient(response, w, upper)
     through, left_out = _sweep(response, recorded, outer.lower, h, total - window)
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
@@ -117,35 +112,8 @@ _UNSEEN = (
 )
 
 
-def _record(
-    response: Response, lower: Vector, state: Any, h: Vector, t: int, recorded: list[_Step]
-) -> tuple[Vector, Any]:
-    """Take one step with its graph, append it to `recorded`, and return its end without a graph."""
-    w = leaves(lower)
-    s = optree.tree_map(lambda x: x.detach().requires_grad_() if _is_float(x) else x, state)
-    w_next, s_next = response.step(w, s, h, t)
-    inputs = [*w.values(), *(x for x in optree.tree_leaves(s) if _is_float(x))]
-    outputs = [*w_next.values(), *(x for x in optree.tree_leaves(s_next) if _is_float(x))]
-    if not any(x.requires_grad for x in outputs):
-        raise InvalidTypeError(
-            "the inner step returned tensors without a graph, so there is nothing to unroll: a `fit` function must "
-            "return tensors that depend on `hparams` by differentiable operations (no .detach(), no .data, no in-place "
-            'training of a module); otherwise choose method="implicit"'
-        )
-    recorded.append(_Step(w, inputs, outputs))
-    return _without_graph(w_next, s_next)
-
-
-def _without_graph(lower: Vector, state: Any) -> tuple[Vector, Any]:
-    return detach(lower), optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
-
-
 def _sweep(
-    response: Response, recorded: list[_Step], outer: Vector, h: Vector, left_out: int
+    response: Response, recorded: list[RecordedStep], outer: Vector, h: Vector, left_out: int
 ) -> tuple[dict[str, Tensor | None], _LeftOut | None]:
     """Pull the adjoint back through the recorded steps, freeing each.
 
@@ -157,7 +125,7 @@ def _sweep(
     tail = Tail()
     while recorded:
         step = recorded.pop()
-        adjoint, added = _pull(response, step, adjoint, h, keep=left_out > 0 and not recorded)
+        adjoint, added = step.pull(response, adjoint, h, keep=left_out > 0 and not recorded)
         _accumulate(through, added)
         if left_out:
             tail.add(adjoint, _filled(added, h))
@@ -173,32 +141,18 @@ class _LeftOut:
     grows: bool
 
 
-def _left_out(response: Response, step: _Step, adjoint: list[Tensor], h: Vector, tail: Tail, left_out: int) -> _LeftOut:
+def _left_out(
+    response: Response, step: RecordedStep, adjoint: list[Tensor], h: Vector, tail: Tail, left_out: int
+) -> _LeftOut:
     """Go on from the earliest recorded step, whose graph is still there, as if those before were like it."""
     total = zeros_like(h)
     onward = min(left_out, ONWARD)
     for _ in range(onward):
-        adjoint, added = _pull(response, step, adjoint, h, keep=True)
+        adjoint, added = step.pull(response, adjoint, h, keep=True)
         tail.add(adjoint, _filled(added, h))
         total = axpy(1.0, tail.contributions[-1], total)
     beyond, size = tail.beyond(left_out - onward)
     return _LeftOut(detach(axpy(1.0, beyond, total)), float(norm(total)) + size, tail.grows())
-
-
-def _pull(
-    response: Response, step: _Step, adjoint: list[Tensor], h: Vector, keep: bool
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the adjoint before a step, and what the step contributes to each hyperparameter."""
-    n = len(step.inputs)
-    pairs = [(y, a) for y, a in zip(step.outputs, adjoint, strict=True) if y.requires_grad]
-    inputs = [*step.inputs, *h.values()]
-    response.cost.products += 1
-    with response.at(step.lower, h):
-        grads = torch.autograd.grad(
-            [y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True, retain_graph=keep
-        )
-    before = [torch.zeros_like(x) if g is None else dense(g) for x, g in zip(step.inputs, grads[:n], strict=True)]
-    return before, [None if g is None else dense(g) for g in grads[n:]]
 
 
 def _accumulate(through: dict[str, Tensor | None], added: list[Tensor | None]) -> None:
@@ -216,10 +170,9 @@ def _certificate(
     response: Response, lower: Vector, upper: Vector, gradient: Vector, left_out: _LeftOut | None
 ) -> Certificate:
     """Judge by the size of what truncation left out (see `bilevel.solvers.tail`)."""
-    residual = float(norm(detach(response.residual(leaves(lower), leaves(upper)))))
-    inner = ratio(residual, response.start_gradient_norm(upper))
     if left_out is None:
-        return Certificate("exact", inner, error=0.0)
+        return exact_for_the_loop(response, lower, upper)
+    inner = inner_residual(response, lower, upper)
     size = max(float(norm(axpy(1.0, left_out.value, gradient))), response.gradient_floor)
     error = ratio(left_out.size, size)
     wrong = [_GROWS] if left_out.grows else []

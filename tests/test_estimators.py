@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from bilevel import CG, METHODS, Cholesky, FixedPoint, Implicit, Neumann, Truncated, Unroll, hypergradient, inner
+from bilevel import (
+    CG,
+    METHODS,
+    Cholesky,
+    FixedPoint,
+    Forward,
+    Implicit,
+    Neumann,
+    Truncated,
+    Unroll,
+    hypergradient,
+    inner,
+)
 from bilevel.certificate import Hypergradient
 from bilevel.evaluation import Evaluator
 from bilevel.solvers import Estimator, estimator
@@ -35,6 +47,7 @@ BARS: dict[str, tuple[Estimator, float]] = {
     "neumann with enough terms": (Implicit(Neumann(max_steps=10_000, rtol=1e-9)), 1e-6),
     "fixed-point": (FixedPoint(), 1e-6),
     "unroll": (Unroll(), 1e-10),
+    "forward": (Forward(), 1e-10),
 }
 
 
@@ -291,11 +304,12 @@ def settings(momentum: bool) -> dict[str, Tensor]:
     return given | ({"momentum": torch.tensor(0.7, dtype=torch.float64)} if momentum else {})
 
 
+@pytest.mark.parametrize("method", ["unroll", "forward"])
 @pytest.mark.parametrize("name", LOOPS)
-def test_unroll_is_autograd_through_the_written_loop(name: str) -> None:
+def test_unroll_is_autograd_through_the_written_loop(name: str, method: str) -> None:
     solver, step, optimizer, options = LOOPS[name]
     given = settings("momentum" in options)
-    found = hypergradient(bilevel.BilevelProblem(quadratic, distance, START, given, solver), "unroll")
+    found = hypergradient(bilevel.BilevelProblem(quadratic, distance, START, given, solver), method)
 
     h = {key: t.clone().requires_grad_() for key, t in given.items()}
     carried: dict[str, Tensor] = dict(h)
@@ -349,10 +363,11 @@ def test_unroll_is_the_adjoint_recursion_by_hand() -> None:
         {"h": bilevel.positive(h), "eta": bilevel.positive(eta), "beta": bilevel.interval(beta, 0.0, 1.0)},
         inner.SGD(lr=lambda s: s["eta"], momentum=lambda s: s["beta"], steps=steps),
     )
-    found = hypergradient(problem, "unroll")
-    assert relative_error(found.params, ws[-1]) <= 1e-13
-    for name, expected in {"eta": by_eta, "beta": by_beta, "h": by_h}.items():
-        assert float(found.gradient[name]) == pytest.approx(expected, rel=1e-10), name
+    for method in ("unroll", "forward"):
+        found = hypergradient(problem, method)
+        assert relative_error(found.params, ws[-1]) <= 1e-13
+        for name, expected in {"eta": by_eta, "beta": by_beta, "h": by_h}.items():
+            assert float(found.gradient[name]) == pytest.approx(expected, rel=1e-10), name
 
 
 def test_one_number_for_all_steps_sums_the_schedule() -> None:

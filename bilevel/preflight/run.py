@@ -12,7 +12,14 @@ from bilevel.evaluation import check_problem, own_randomness
 from bilevel.preflight.dryrun import DryRun, check_settings
 from bilevel.preflight.losses import check_inner_loss, check_outer_loss, check_second_derivatives
 from bilevel.preflight.report import Costs, Finding, Report, by_level
-from bilevel.preflight.training import check_curvature, check_hyperparameters, check_steps, measure, unrolled_steps
+from bilevel.preflight.training import (
+    check_curvature,
+    check_hyperparameters,
+    check_steps,
+    held_bytes,
+    measure,
+    unrolled,
+)
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import CG, MINRES, Cholesky, Estimator, Neumann, estimator
@@ -97,8 +104,9 @@ def _predicted(dry: DryRun) -> Costs:
     if about(dry.method).unrolls:
         if dry.walk is None:
             return Costs()
-        steps = unrolled_steps(dry)
-        return Costs(gradients=total, products=steps, megabytes=steps * dry.walk.bytes_per_step / 1e6)
+        sweep = unrolled(dry)
+        held = held_bytes(dry, dry.walk.bytes_per_step, sweep)
+        return Costs(gradients=total, products=sweep.products, megabytes=held / 1e6)
     n, held = size(dry.lower), dry.graph_bytes
     products, matrix = _linear_products(dry, n)
     return Costs(gradients=total, products=products, megabytes=(held + matrix * dry.first.element_size()) / 1e6)

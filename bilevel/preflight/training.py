@@ -12,14 +12,16 @@ from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import random_vector
 from bilevel.preflight.report import Costs
 from bilevel.response import ProblemResponse
-from bilevel.solvers.about import about
+from bilevel.solvers.about import Sweep, about
 from bilevel.solvers.base import outer_gradient
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
+from bilevel.solvers.recorded import floats
 from bilevel.vector import size
 from bilevel.walk import Walk, walk
 
 CONDITION = {torch.float64: 1e6, torch.float32: 1e3}  # above, the digits of the type get scarce (field notes, fp32)
 FLAT = {torch.float64: 1e-12, torch.float32: 1e-6}  # smallest over largest eigenvalue that counts as zero
+MANY = 30  # hyperparameters; with as many products a step forward mode is slower than any unrolling
 EXPLODES = 1e3  # growth of an adjoint over the inner loop, or over 100 steps of it
 
 
@@ -41,7 +43,8 @@ def check_steps(dry: DryRun, response: ProblemResponse) -> None:
             return
         _check_growth(dry, response, taken)
         if about(dry.method).unrolls:
-            _check_memory(dry, taken.bytes_per_step, unrolled_steps(dry))
+            _check_work(dry, taken.total)
+            _check_memory(dry, taken.bytes_per_step, unrolled(dry))
 
 
 def _check_growth(dry: DryRun, response: ProblemResponse, taken: Walk) -> None:
@@ -65,26 +68,54 @@ def _check_growth(dry: DryRun, response: ProblemResponse, taken: Walk) -> None:
     )
 
 
-def _check_memory(dry: DryRun, per_step: int, steps: int) -> None:
-    free, needed = free_memory(dry.first.device), per_step * steps
+def _check_work(dry: DryRun, total: int) -> None:
+    """Report a method whose work grows with the number of hyperparameters, where there are many."""
+    count = size(dry.upper)
+    refusal = getattr(dry.method, "refusal", None)
+    refused = None if refusal is None else refusal(total, count, size(dry.lower))
+    if refused is not None:
+        message, _, remedy = refused.partition("; ")
+        dry.add("error", "method", message, remedy)
+        return
+    products = unrolled(dry).products
+    if about(dry.method).exact and products > MANY * total:
+        dry.add(
+            "note",
+            "method",
+            f"takes {products:,} products: one for every inner step and each of {count} hyperparameters",
+            f'method="unroll" takes {total:,}, where the graph of all steps fits into the memory; or fewer, random '
+            "directions: bilevel.Forward(directions=16)",
+        )
+
+
+def _check_memory(dry: DryRun, per_step: int, sweep: Sweep) -> None:
+    free, needed = free_memory(dry.first.device), held_bytes(dry, per_step, sweep)
     if free is None or needed <= free / 2:
         return
     fitting = max(1, int(free / 2 / per_step))
     dry.add(
         "warning",
         "method",
-        f"the graph of {steps} steps takes {needed / 1e6:.3g} MB ({per_step / 1e6:.3g} MB a step), of "
-        f"{free / 1e6:.3g} MB that are free",
+        f"the graph of {sweep.graphs} steps {f'and {sweep.tangents} tangents take' if sweep.tangents else 'takes'} "
+        f"{needed / 1e6:.3g} MB ({per_step / 1e6:.3g} MB a step), of {free / 1e6:.3g} MB that are free",
         f"bilevel.Truncated(steps={fitting}), activation checkpointing in the loss, smaller batches, or an implicit "
         "method",
     )
 
 
-def unrolled_steps(dry: DryRun) -> int:
-    """Return how many inner steps an unrolled method differentiates."""
+def unrolled(dry: DryRun) -> Sweep:
+    """Return what a method that unrolls takes; all steps where it does not say."""
     total = 0 if dry.walk is None else dry.walk.total
-    window = getattr(dry.method, "steps", None)
-    return min(total, window) if isinstance(window, int) else total
+    sweep = getattr(dry.method, "sweep", None)
+    return Sweep(total, total) if sweep is None else sweep(total, size(dry.upper))
+
+
+def held_bytes(dry: DryRun, per_step: int, sweep: Sweep) -> int:
+    """Return the memory of the graphs and of the tangents, which follow the optimizer's state too."""
+    if dry.response is None or not sweep.tangents:
+        return per_step * sweep.graphs
+    carried = [*dry.lower.values(), *floats(dry.response.initial_state(dry.lower))]
+    return per_step * sweep.graphs + sweep.tangents * sum(t.numel() * t.element_size() for t in carried)
 
 
 def check_hyperparameters(dry: DryRun) -> None:
