@@ -3,6 +3,7 @@
 from bilevel.inner.base import InnerSolution, InnerSolver, Task
 from bilevel.inner.custom import Custom
 from bilevel.inner.lbfgs import LBFGS
+from bilevel.inner.newton import Newton
 from bilevel.inner.optimizers import SGD, Adam, AdamW, RMSProp
 from bilevel.inner.proximal import Proximal
 from bilevel.inner.proximal_gradient import ProximalGradient
@@ -15,6 +16,7 @@ __all__ = [
     "Custom",
     "InnerSolution",
     "InnerSolver",
+    "Newton",
     "Proximal",
     "ProximalGradient",
     "RMSProp",
