@@ -73,7 +73,7 @@ class Evaluator:
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
         lower, steps, status = self._inner(response, upper, given)
-        with response.session():
+        with response.session(about(self.estimator).derivatives):
             found, self.state = self.estimator(response, lower, upper, self.state)
             found = self._doubt_buffers(response, found, upper)
             if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not

@@ -15,7 +15,7 @@ from bilevel.certificate import Cost
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.layout import Lent
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BilevelProblem, checked_scalar
 from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
 from bilevel.twice import explained, twice_differentiable
@@ -31,7 +31,7 @@ class ProblemResponse:
     Attributes:
         cost: gradients and products spent so far.
         second_moment: see `Response`.
-        inner_loss: the inner loss where it was last differentiated; None before.
+        inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
         gradient_floor: see `Response`.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -63,7 +63,7 @@ class ProblemResponse:
         self._start_norm: float | None = None
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.second_moment: Vector | None = None
-        self._set_up = False
+        self._set_up = self._first_order = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
         self._random = get_random(self._device)
@@ -74,7 +74,7 @@ class ProblemResponse:
         """See `Response.loss`."""
         with (
             torch.enable_grad(),
-            self._lent(lower, upper, keep_buffers=False) as structures,
+            self._lent(lower, upper, keep_buffers=False, twice=not self._first_order) as structures,
             self._randomness(pinned=True),
         ):
             return self._outer(structures)
@@ -119,13 +119,27 @@ class ProblemResponse:
         """See `Response.inner`."""
         with (
             torch.enable_grad(),
-            self._lent(lower, upper, keep_buffers=False) as structures,
+            self._lent(lower, upper, keep_buffers=False, twice=not self._first_order) as structures,
             self._randomness(pinned=True),
         ):
-            return self._objective(structures, self._inner_batch) + self._penalty(lower, structures[1])
+            value = self._objective(structures, self._inner_batch) + self._penalty(lower, structures[1])
+        if self.inner_loss is None:
+            self.inner_loss = float(value.detach())
+        return value
 
     def _penalty(self, lower: Vector, hparams: Any) -> Tensor | float:
         return sum(penalty.value(lower[name], hparams) for name, penalty in self._penalties.items())
+
+    @property
+    def has_kinks(self) -> bool:
+        """See `Response.has_kinks`."""
+        return bool(self._penalties)
+
+    @property
+    def step_size(self) -> float | None:
+        """See `Response.step_size`."""
+        size: float | None = getattr(self._solver, "step_size", None)
+        return size
 
     def solve(self, lower: Vector, upper: Vector, weight: float = 0.0) -> Vector:
         """See `Response.solve`."""
@@ -137,7 +151,7 @@ class ProblemResponse:
             )
         buffers = self.params.buffers()
         weighted = copy.copy(self)
-        weighted._weight, weighted._start_norm = weight, None
+        weighted._weight, weighted._start_norm, weighted._first_order = weight, None, False
         self._problem.inner_batches.go_to(self._position)
         try:
             with fork_random(self._device):
@@ -234,7 +248,7 @@ class ProblemResponse:
     @contextmanager
     def at(self, lower: Vector, upper: Vector) -> Iterator[tuple[Any, Any]]:
         """See `Response.at`."""
-        with self._lent(lower, upper, keep_buffers=False) as structures:
+        with self._lent(lower, upper, keep_buffers=False, twice=not self._first_order) as structures:
             yield structures
 
     @contextmanager
@@ -246,20 +260,21 @@ class ProblemResponse:
             self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
             self._hparams.bound(upper) as hparams,
             self._twice() if twice else nullcontext(),
-            explained("differentiating the losses twice"),
+            explained(f"differentiating the losses{' twice' if twice else ''}"),
             self._precision(),
         ):
             yield params, hparams
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Set torch up for second derivatives once, for all that runs inside; else it is done at every evaluation."""
-        with self._twice():
-            self._set_up = True
+    def session(self, derivatives: int = 2) -> Iterator[None]:
+        """Set torch up for as many derivatives once, for all that runs inside; else for two at every evaluation."""
+        self._first_order = derivatives < 2
+        with nullcontext() if self._first_order else self._twice():
+            self._set_up = not self._first_order
             try:
                 yield
             finally:
-                self._set_up = False
+                self._set_up = self._first_order = False
 
     def _twice(self) -> AbstractContextManager[None]:
         return nullcontext() if self._set_up else twice_differentiable(self._recurrent)
@@ -293,13 +308,13 @@ class ProblemResponse:
         """Return the loss that is trained on: the inner one, and a part of the outer one where a method adds it."""
         problem = self._problem
         given = (*structures, batch) if problem.inner_batches.given else structures
-        value = _checked_scalar(problem.inner_loss(*given), problem.inner_name)
+        value = checked_scalar(problem.inner_loss(*given), problem.inner_name)
         return value + self._weight * self._outer(structures) if self._weight else value
 
     def _outer(self, structures: tuple[Any, Any]) -> Tensor:
         problem = self._problem
         given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
-        return _checked_scalar(problem.outer_loss(*given), "outer_loss")
+        return checked_scalar(problem.outer_loss(*given), "outer_loss")
 
     @contextmanager
     def _randomness(self, pinned: bool) -> Iterator[None]:
@@ -310,16 +325,3 @@ class ProblemResponse:
         with fork_random(self._device):
             set_random(self._random)
             yield
-
-
-def _checked_scalar(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
-        raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")
-    if value.dim() > 0:
-        raise InvalidValueError(
-            f"`{name}` returned a tensor of shape {tuple(value.shape)}, expected a scalar (0-d); add .mean() or .sum()"
-        )
-    if not value.is_floating_point():
-        raise InvalidTypeError(f"`{name}` returned a {value.dtype} tensor, expected a floating-point one")
-    return value

@@ -26,6 +26,7 @@ _CURES = {
     "cudnn": "cuDNN's recurrent networks have no second derivative: wrap the loss in "
     "torch.backends.cudnn.flags(enabled=False)",
 }
+INSTEAD = 'Or choose method="finite-difference" or "penalty", which need first derivatives only'
 
 
 @contextlib.contextmanager
@@ -48,7 +49,7 @@ def explained(what: str) -> Iterator[None]:
         text = str(error)
         for part, cure in _CURES.items():
             if part in text:
-                message = f"{what} failed: {cure}. torch says: {text.splitlines()[0]}"
+                message = f"{what} failed: {cure}. {INSTEAD}. torch says: {text.splitlines()[0]}"
                 raise NotTwiceDifferentiableError(message) from error
         raise
 

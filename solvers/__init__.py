@@ -10,6 +10,7 @@ from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Terms, about
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
+from bilevel.solvers.finite_difference import FiniteDifference
 from bilevel.solvers.fixed_point import FixedPoint
 from bilevel.solvers.forward import Forward
 from bilevel.solvers.implicit import Implicit
@@ -25,6 +26,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "direct": lambda: Implicit(Cholesky()),
     "neumann": lambda: Implicit(Neumann()),
     "fixed-point": FixedPoint,
+    "finite-difference": FiniteDifference,
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
     "forward": Forward,
@@ -70,6 +72,7 @@ __all__ = [
     "MINRES",
     "Cholesky",
     "Estimator",
+    "FiniteDifference",
     "FixedPoint",
     "Forward",
     "Implicit",

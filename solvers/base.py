@@ -73,6 +73,16 @@ class Response(RootCondition, Protocol):
         ...
 
     @property
+    def step_size(self) -> float | None:
+        """Return the learning rate of inner gradient steps, where it is one number; else None."""
+        ...
+
+    @property
+    def has_kinks(self) -> bool:
+        """Say whether the inner loss has a penalty with kinks, so that its gradient jumps."""
+        ...
+
+    @property
     def has_step(self) -> bool:
         """Say whether the inner solver can be differentiated: `initial_state`, `step`, `unroll_steps`."""
         ...
@@ -155,6 +165,24 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
     )
 
 
+class System(Protocol):
+    """The inner problem to first order around one point, whatever its products are made of."""
+
+    residual: Vector
+    """R(w, λ), no graph."""
+    operator: LinearOperator
+    """v -> H v with H = dR/dw, the inner Hessian."""
+
+    @property
+    def noise(self) -> float:
+        """Return an estimate of the relative error of the products taken so far."""
+        ...
+
+    def pull_back(self, v: Vector) -> dict[str, Tensor | None]:
+        """Return (dR/dλ)^T v; None for a hyperparameter that R does not use."""
+        ...
+
+
 class Linearization:
     """R at one point with its graph: built once, many vectors are pulled back through it.
 
@@ -162,6 +190,8 @@ class Linearization:
         residual: R(w, λ), no graph.
         operator: v -> H v with H = dR/dw, the inner Hessian (symmetric, since R is a gradient).
     """
+
+    noise = 0.0  # autograd rounds, no more
 
     def __init__(self, response: RootCondition, lower: Vector, upper: Vector) -> None:
         self._response, self._cost = response, response.cost
@@ -242,7 +272,7 @@ def add_terms(
     return total
 
 
-def inner_scale(response: Response, system: Linearization, lower: Vector, upper: Vector) -> float:
+def inner_scale(response: Response, system: System, lower: Vector, upper: Vector) -> float:
     """Return the size against which the inner gradient at `lower` counts as small.
 
     The larger of |R| at the starting point and |H w|. Neither changes under a scaling of the loss or

@@ -9,6 +9,7 @@ the optimizer that found it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -23,13 +24,14 @@ from bilevel.solvers.base import (
     OuterGradient,
     Response,
     State,
+    System,
     add_terms,
     inner_scale,
     negative,
     outer_gradient,
     ratio,
 )
-from bilevel.solvers.correction import Equation, correct, factored, loosely
+from bilevel.solvers.correction import Correction, Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
@@ -82,32 +84,11 @@ class Implicit:
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
         """Return the hypergradient at the inner solution `lower`; `state` is the last adjoint."""
-        found, adjoint, seen = self._once(response, lower, upper, state)
+        found, adjoint, seen = differentiate(response, lower, upper, state, self.linear_solver)
         if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
             return found, adjoint
         again, wide = in_float64(self, default_solver, response, lower, upper, (found, adjoint), seen)
         return again, {**wide, "value": cast(wide["value"], torch.float32)}
-
-    def _once(
-        self, response: Response, lower: Vector, upper: Vector, state: State
-    ) -> tuple[Hypergradient, Adjoint, Seen]:
-        """Return the hypergradient in the precision of `lower`, the adjoint, and what both came from."""
-        outer = outer_gradient(response, lower, upper)
-        system = Linearization(response, lower, upper)
-        solver = self.linear_solver or default_solver(system.operator)
-        warm: Adjoint | None = state
-        solution, turned = solve_safely(solver, system.operator, outer.lower, None if warm is None else warm["value"])
-        notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",) * turned
-        through = negative(system.pull_back(solution.value))
-        gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
-        adjoint = _adjoint(system.operator, solution, warm)
-        curvature = adjoint["curvature"]
-        certificate = _certify(response, outer, system, solution, curvature, lower, upper, gradient, solver.truncates)
-        certificate = replace(certificate, notes=notes)
-        correction = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
-        found = Hypergradient(gradient, outer.loss, lower, certificate, response.cost, correction)
-        cut_short = solution.status == "max_steps" and getattr(solver, "max_steps", None) is not None
-        return found, adjoint, Seen(outer, system.residual, not solver.truncates and not cut_short)
 
 
 _UNSEEN = (
@@ -123,6 +104,46 @@ class Adjoint(TypedDict):
     value: Vector
     curvature: float
     steps: int
+
+
+Linearize = Callable[[Response, Vector, Vector], System]
+
+
+def differentiate(
+    response: Response,
+    lower: Vector,
+    upper: Vector,
+    state: Adjoint | None,
+    linear_solver: LinearSolver | None,
+    linearize: Linearize = Linearization,
+    advice: str = "",
+) -> tuple[Hypergradient, Adjoint, Seen]:
+    """Return the hypergradient in the precision of `lower`, the adjoint, and what both came from.
+
+    Args:
+        response: the problem.
+        lower: the inner solution.
+        upper: the hyperparameters.
+        state: the adjoint of the last call, to start from; None: zero.
+        linear_solver: None: by size.
+        linearize: what makes products with second derivatives.
+        advice: what to do about a large error of the adjoint; "": as the linear solver's status says.
+    """
+    outer = outer_gradient(response, lower, upper)
+    system = linearize(response, lower, upper)
+    solver = linear_solver or default_solver(system.operator)
+    solution, turned = solve_safely(solver, system.operator, outer.lower, None if state is None else state["value"])
+    notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",) * turned
+    through = negative(system.pull_back(solution.value))
+    gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
+    adjoint = _adjoint(system.operator, solution, state)
+    scale, curvature = inner_scale(response, system, lower, upper), adjoint["curvature"]
+    correction = _correct(response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize)
+    certificate = _certify(system, solution, curvature, scale, correction, solver.truncates, advice)
+    value = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
+    found = Hypergradient(gradient, outer.loss, lower, replace(certificate, notes=notes), response.cost, value)
+    cut_short = solution.status == "max_steps" and getattr(solver, "max_steps", None) is not None
+    return found, adjoint, Seen(outer, system.residual, not solver.truncates and not cut_short)
 
 
 def default_solver(operator: LinearOperator) -> LinearSolver:
@@ -159,7 +180,7 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
     return Adjoint(value=solution.value, curvature=seen, steps=solution.steps)
 
 
-def _equation(outer: OuterGradient, system: Linearization, scale: float) -> Equation:
+def _equation(outer: OuterGradient, system: System, scale: float) -> Equation:
     """Return H v = ∂f/∂w."""
     return Equation(
         outer,
@@ -170,40 +191,55 @@ def _equation(outer: OuterGradient, system: Linearization, scale: float) -> Equa
     )
 
 
-def _certify(
+def _correct(
     response: Response,
     outer: OuterGradient,
-    system: Linearization,
+    system: System,
     solution: LinearSolution,
     curvature: float,
+    scale: float,
     lower: Vector,
     upper: Vector,
     gradient: Vector,
+    linearize: Linearize,
+) -> Correction | None:
+    """Estimate the error by one correction (see `bilevel.solvers.correction`)."""
+    if not curvature > 0.0:
+        return None
+    solve = loosely(system.operator, curvature, solution.steps)
+    if solution.inverse is not None:
+        solve = factored(solution.inverse, curvature)
+    here = replace(_equation(outer, system, scale), defect=lambda v: solution.residual)
+
+    def there(w: Vector) -> Equation:
+        return _equation(outer_gradient(response, w, upper), linearize(response, w, upper), scale)
+
+    return correct(lower, upper, gradient, solution.value, here, there, response, solve)
+
+
+def _certify(
+    system: System,
+    solution: LinearSolution,
+    curvature: float,
+    scale: float,
+    correction: Correction | None,
     by_design: bool,
+    advice: str,
 ) -> Certificate:
-    """Estimate the error by one correction (see `bilevel.solvers.correction`), and judge."""
-    scale = inner_scale(response, system, lower, upper)
+    """Judge by the estimated error, and what the products themselves are uncertain by."""
     inner = ratio(float(norm(system.residual)), scale)
-    correction = None
-    if curvature > 0.0:
-        solve = loosely(system.operator, curvature, solution.steps)
-        if solution.inverse is not None:
-            solve = factored(solution.inverse, curvature)
-        here = replace(_equation(outer, system, scale), defect=lambda v: solution.residual)
-
-        def there(w: Vector) -> Equation:
-            return _equation(outer_gradient(response, w, upper), Linearization(response, w, upper), scale)
-
-        correction = correct(lower, upper, gradient, solution.value, here, there, response, solve)
     wrong = []
     if solution.status in FATAL or not (curvature > 0.0 or solution.relative == 0.0):
         wrong.append(EXPLANATIONS.get(solution.status) or EXPLANATIONS["nonpositive curvature"])
+    advice = advice or (
+        "a smaller `rtol` or more `max_steps` of the linear solver); "
+        f"{EXPLANATIONS[solution.status] or 'the linear solver converged'}"
+    )
     hint = (
         f"the inner residual is {inner:.1e} (train the inner problem further: more `steps` or a smaller `rtol` of the "
-        f"inner solver) and the adjoint residual is {solution.relative:.1e} (a smaller `rtol` or more `max_steps` of "
-        f"the linear solver); {EXPLANATIONS[solution.status] or 'the linear solver converged'}"
+        f"inner solver) and the adjoint residual is {solution.relative:.1e} ({advice}"
     )
-    error = None if correction is None else correction.error
+    error = None if correction is None else correction.error + system.noise
     as_designed = by_design and correction is not None and correction.moved < INNER_TOLERANCE
     verdict, reasons = judge(error, wrong, by_design=as_designed, hint=hint)
     return Certificate(verdict, inner, solution.relative, curvature, error, tuple(reasons))

@@ -17,6 +17,7 @@ from bilevel import (
     CG,
     METHODS,
     Cholesky,
+    FiniteDifference,
     FixedPoint,
     Forward,
     Implicit,
@@ -46,6 +47,7 @@ BARS: dict[str, tuple[Estimator, float]] = {
     "gmres at rtol 1e-10": (Implicit(GMRES(rtol=1e-10)), 1e-8),
     "neumann with enough terms": (Implicit(Neumann(max_steps=10_000, rtol=1e-9)), 1e-6),
     "fixed-point": (FixedPoint(), 1e-6),
+    "differences of gradients with cg": (FiniteDifference(CG(rtol=1e-10)), 1e-8),
     "unroll": (Unroll(), 1e-10),
     "forward": (Forward(), 1e-10),
 }

@@ -81,11 +81,12 @@ class InnerSolver(Protocol):
     One that has differentiable steps also has `unroll_steps(task)`, `initial_state(lower)` and
     `step(task, lower, state, upper, t)`, and can be unrolled.
 
-    What else a solver may declare, for the checks of misuse:
+    What else a solver may declare, for estimators and for the checks of misuse:
         decays_outside_loss: a `Decay`; its end is then no stationary point of `inner_loss`. Without it: None.
         penalties: those of `bilevel.prox` that it minimizes besides `inner_loss`, a tuple; the residual is then taken
             along the smooth piece on which its end lies. Without it: none.
         needs_fixed_loss: it needs one batch and no random numbers. Without it: False.
+        step_size: the learning rate of plain gradient steps, where it is one number. Without it: None.
         whole_loop: its one step is the user's whole training loop. Without it: False.
     """
 

@@ -1,23 +1,26 @@
 """L-BFGS for deterministic inner problems, finished by Newton steps where its line search runs out of digits.
 
 A line search compares values, so it cannot see below about the square root of the machine precision; Newton steps by
-conjugate gradients need only gradients and go on to the end of the digits.
+conjugate gradients need only gradients and go on to the end of the digits. Where the loss has no second derivatives,
+their products are differences of gradients.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from bilevel.errors import InvalidValueError, NonFiniteError
+from bilevel.errors import InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.minimize import Array, lbfgs
 from bilevel.operators import LinearOperator
-from bilevel.solvers.base import Linearization
+from bilevel.solvers.base import Linearization, System
+from bilevel.solvers.differences import Differences
 from bilevel.solvers.linear.base import check_settings
 from bilevel.solvers.linear.cg import CG
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
@@ -57,10 +60,13 @@ class LBFGS:
                 "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
             )
         threshold = self._rtol(next(iter(lower.values())).dtype) * task.start_gradient_norm(upper)
-        w, taken, done = _descend(task, lower, upper, threshold, self.max_steps)
+        unit, linearize = _prepared(task, lower, upper, threshold)
+        if unit is None:
+            return InnerSolution(lower, 0, "converged")
+        w, taken, done = _descend(task, lower, upper, unit, threshold, self.max_steps)
         if done:
             return InnerSolution(w, taken, "converged")
-        w, steps, done = _newton(task, w, upper, threshold)
+        w, steps, done = _newton(task, w, upper, threshold, linearize)
         unfinished = "max_steps" if taken >= self.max_steps else "stalled"
         return InnerSolution(w, taken + steps, "converged" if done else unfinished)
 
@@ -70,13 +76,26 @@ class LBFGS:
         return 1e-9 if dtype == torch.float64 else 1e-5
 
 
-def _descend(task: Task, lower: Vector, upper: Vector, threshold: float, max_steps: int) -> tuple[Vector, int, bool]:
+_Linearize = Callable[[Task, Vector, Vector], System]
+
+
+def _prepared(task: Task, lower: Vector, upper: Vector, threshold: float) -> tuple[Array | None, _Linearize]:
+    """Return the unit of each variable, None below the threshold, and what products with the Hessian are made of."""
+    try:
+        return _measured(Linearization(task, lower, upper), threshold), Linearization
+    except NotTwiceDifferentiableError:
+        return _measured(Differences(task, lower, upper), threshold), Differences
+
+
+def _measured(system: System, threshold: float) -> Array | None:
+    return None if float(norm(system.residual)) <= threshold else _units(system.operator)
+
+
+def _descend(
+    task: Task, lower: Vector, upper: Vector, unit: Array, threshold: float, max_steps: int
+) -> tuple[Vector, int, bool]:
     """Run SciPy's L-BFGS until the gradient norm is below the threshold; return the end, the steps, and if it is."""
     batch, device = task.draw(), next(iter(lower.values())).device
-    system = Linearization(task, lower, upper)
-    if float(norm(system.residual)) <= threshold:
-        return lower, 0, True
-    unit = _units(system.operator)
     latest = (b"", math.inf)
 
     def variables(x: Array) -> Vector:
@@ -111,11 +130,13 @@ def _units(operator: LinearOperator) -> Array:
     return result
 
 
-def _newton(task: Task, lower: Vector, upper: Vector, threshold: float) -> tuple[Vector, int, bool]:
+def _newton(
+    task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize
+) -> tuple[Vector, int, bool]:
     """Take Newton steps while the gradient shrinks; return the end, the steps and whether it is there."""
     best, best_norm, candidate = lower, math.inf, lower
     for taken in range(NEWTON_STEPS + 1):
-        system = Linearization(task, candidate, upper)
+        system = linearize(task, candidate, upper)
         size = float(norm(system.residual))
         if not size < 0.5 * best_norm:
             return (candidate, taken, False) if size < best_norm else (best, taken, False)

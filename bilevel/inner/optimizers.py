@@ -70,6 +70,11 @@ class SGD(Stepwise):
                 f"and dampening={self.dampening!r}"
             )
 
+    @property
+    def step_size(self) -> float | None:
+        """See `InnerSolver`."""
+        return float(self.lr) if isinstance(self.lr, (int, float)) and self.lr > 0.0 else None
+
     def initial_state(self, lower: Vector) -> Vector:
         """Return zero momentum buffers; none without momentum."""
         return {} if is_zero(self.momentum) else zeros_like(lower)

@@ -19,7 +19,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator
 from bilevel.solvers.about import about
-from bilevel.solvers.base import Linearization, OuterGradient
+from bilevel.solvers.base import OuterGradient, System
 from bilevel.vector import Vector, size
 from bilevel.walk import Walk
 
@@ -54,7 +54,7 @@ class DryRun:
     findings: list[Finding] = field(default_factory=list)
     response: ProblemResponse | None = None
     outer: OuterGradient | None = None
-    system: Linearization | None = None
+    system: System | None = None
     pulled: frozenset[str] | None = None
     walk: Walk | None = None
     condition: float | None = None
@@ -117,7 +117,15 @@ def check_settings(dry: DryRun) -> None:
     _check_data(dry)
     if dry.double or about(dry.method).unrolls:
         return
-    if dry.first.dtype == torch.float32:
+    if about(dry.method).derivatives < 2:
+        dry.add(
+            "note" if dry.first.dtype == torch.float32 else "warning",
+            "params",
+            f"{dry.first.dtype}: differences of {'losses' * (about(dry.method).derivatives == 0) or 'gradients'} lose "
+            "half of the digits or more",
+            "for small problems use float64: .double() on params, hparams and data",
+        )
+    elif dry.first.dtype == torch.float32:
         dry.add(
             "note",
             "params",

@@ -11,7 +11,8 @@ from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import against_differences, asymmetry, custom_functions, random_vector
 from bilevel.response import ProblemResponse
 from bilevel.solvers.about import about
-from bilevel.solvers.base import Linearization, outer_gradient
+from bilevel.solvers.base import Linearization, System, outer_gradient
+from bilevel.solvers.differences import Differences, partial
 from bilevel.vector import Vector, is_finite, leaves
 
 SYMMETRIC = {torch.float64: 1e-8, torch.float32: 1e-3}  # asymmetry of a product: rounding is 1e-16 and 1e-7
@@ -73,7 +74,7 @@ def check_inner_loss(dry: DryRun, response: ProblemResponse) -> None:
             dry.add("error", "inner_loss", f"its gradient for {named} is NaN or infinite at the starting point", remedy)
             return
         with saved_memory() as saved:
-            dry.system = Linearization(response, dry.lower, dry.upper)
+            dry.system = _linearized(dry, response)
         dry.graph_bytes = sum(saved.storages.values())
         _check_randomness(dry, value, float(again.detach()))
         moved = [name for name in before if not torch.equal(before[name], after[name])]
@@ -86,6 +87,16 @@ def check_inner_loss(dry: DryRun, response: ProblemResponse) -> None:
                 "hypergradient",
             )
         _check_unused(dry, response)
+
+
+def _linearized(dry: DryRun, response: ProblemResponse) -> System | None:
+    """Return the inner gradient with the products that the method makes of it."""
+    derivatives = about(dry.method).derivatives
+    if derivatives == 2:
+        return Linearization(response, dry.lower, dry.upper)
+    if response.has_kinks and derivatives == 0:
+        return None
+    return Differences(response, dry.lower, dry.upper)
 
 
 def _check_randomness(dry: DryRun, value: float, again: float) -> None:
@@ -103,10 +114,13 @@ def _check_randomness(dry: DryRun, value: float, again: float) -> None:
 
 
 def _check_unused(dry: DryRun, response: ProblemResponse) -> None:
-    attached = response.residual(leaves(dry.lower), leaves(dry.upper))
-    for name, r in attached.items():
-        if r.requires_grad or bool(r.any()):
-            continue
+    w = leaves(dry.lower)
+    if about(dry.method).derivatives == 2:
+        attached = response.residual(w, leaves(dry.upper))
+        unused = [name for name, r in attached.items() if not r.requires_grad and not bool(r.any())]
+    else:
+        unused = [name for name, g in partial(response, w, dry.upper, w).items() if g is None]
+    for name in unused:
         needed = dry.outer is not None and bool(dry.outer.lower[name].any())
         label = dry.problem.params.label(name)
         if needed and not about(dry.method).unrolls:
@@ -130,6 +144,10 @@ def check_second_derivatives(dry: DryRun, response: ProblemResponse) -> None:
     """Report products that fail, are not symmetric, or are not the slope of the gradient."""
     system, dry.system = dry.system, None  # later checks need products that work
     if system is None:
+        return
+    if about(dry.method).derivatives < 2:
+        pulled = system.pull_back(random_vector(dry.lower, 1))
+        dry.pulled, dry.system = frozenset(n for n, g in pulled.items() if g is not None), system
         return
     with dry.tried("inner_loss", "replace the operation in the inner loss by one that can be differentiated twice"):
         u, v = (random_vector(dry.lower, seed) for seed in (0, 1))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from bilevel.errors import NotTwiceDifferentiableError
 from bilevel.measure import free_memory, milliseconds
 from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import random_vector
@@ -32,7 +33,12 @@ def check_steps(dry: DryRun, response: ProblemResponse) -> None:
         return
     with dry.tried("inner_solver", "mend the setting of the inner solver that is a function"):
         adjoint = random_vector(dry.lower, 2) if dry.outer is None else dry.outer.lower
-        taken = dry.walk = walk(response, dry.lower, dry.upper, adjoint)
+        try:
+            taken = dry.walk = walk(response, dry.lower, dry.upper, adjoint)
+        except NotTwiceDifferentiableError:
+            if about(dry.method).derivatives == 2:
+                raise
+            return
         if taken.broke_at is not None:
             dry.add(
                 "error",
@@ -128,6 +134,8 @@ def check_hyperparameters(dry: DryRun) -> None:
         label = dry.problem.hparams.layout.label(name)
         if getattr(solver, "whole_loop", False):
             _report_for_own_loop(dry, label)
+        elif dry.walk is None and about(dry.method).sees == "loop":
+            pass  # no step could be looked at
         elif dry.walk is None or name not in dry.walk.seen:
             dry.add(
                 "error",
@@ -144,7 +152,7 @@ def check_hyperparameters(dry: DryRun) -> None:
                 "learning rate or a momentum does not move that, so its gradient is zero",
                 'method="unroll" for a learning rate',
             )
-        elif not about(dry.method).unrolls:
+        elif about(dry.method).sees == "losses":
             dry.add(
                 "error",
                 label,
@@ -156,7 +164,7 @@ def check_hyperparameters(dry: DryRun) -> None:
 
 def _report_for_own_loop(dry: DryRun, label: str) -> None:
     message = "neither the outer loss nor the gradient of the inner loss uses it"
-    if about(dry.method).unrolls:
+    if about(dry.method).sees == "loop":
         dry.add("note", label, f"{message}; whether your own training loop does is not seen without training")
         return
     dry.add(
@@ -170,7 +178,7 @@ def _report_for_own_loop(dry: DryRun, label: str) -> None:
 
 def check_curvature(dry: DryRun) -> None:
     """Report negative, vanishing and badly scaled curvature at the starting point, for implicit methods."""
-    if dry.system is None or about(dry.method).unrolls:
+    if dry.system is None or about(dry.method).unrolls or about(dry.method).derivatives < 2:
         return
     with dry.tried("inner_loss"):
         low, high = extreme_eigenvalues(dry.system.operator, steps=min(30, size(dry.lower)))
