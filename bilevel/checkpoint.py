@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.files import read, write
+from bilevel.files import check_folder, read, write
 from bilevel.run import Run
 
 FORMAT = 1
@@ -45,6 +45,8 @@ class Keeper:
     """Writes and reads the state of one run; does nothing without a `Checkpoint`."""
 
     def __init__(self, checkpoint: Checkpoint | None, label: str) -> None:
+        if checkpoint is not None:
+            check_folder(checkpoint.path, "checkpoint")
         self._checkpoint, self._label = checkpoint, label
         self._written_at, self._cost, self._steps = time.perf_counter(), 0.0, 0
 

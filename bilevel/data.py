@@ -38,6 +38,7 @@ class Batches:
             if len(data) == 0:  # type: ignore[arg-type]
                 raise InvalidValueError(f"`{role}` is empty: the {type(data).__name__} has no sample")
             data = default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
+        _refuse_list_of_batches(data, role)
         if isinstance(data, (Tensor, dict, list, tuple)):
             self._batch = self._to_device(data, strict=True)
         elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, type)) and not _is_array(data):
@@ -151,6 +152,21 @@ class Batches:
 
 
 _END = object()
+
+
+def _refuse_list_of_batches(data: Any, role: str) -> None:
+    """Raise for a list whose entries look like batches: of one structure, and of one shape but for the rows."""
+    if not isinstance(data, list) or len(data) < 2 or not all(isinstance(entry, (tuple, list, dict)) for entry in data):
+        return
+    leaves, specs = zip(*(optree.tree_flatten(entry, none_is_leaf=True) for entry in data), strict=True)
+    if not all(isinstance(leaf, Tensor) and leaf.dim() for entry in leaves for leaf in entry):
+        return
+    shapes = {tuple(leaf.shape[1:] for leaf in entry) for entry in leaves}
+    if len(set(specs)) == len(shapes) == 1:
+        raise InvalidTypeError(
+            f"`{role}` is a list of {len(data)} batches, and a list is read as one batch; write a DataLoader (for one "
+            "pass in this order: DataLoader(your_list, batch_size=None)), or a tuple around them if they are one batch"
+        )
 
 
 def _is_array(data: Any) -> bool:

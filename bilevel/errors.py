@@ -9,6 +9,12 @@ class BilevelError(Exception):
     """Base of every error that this library raises on purpose."""
 
 
+NAN_ADVICE = (
+    "look for a logarithm or a root of 0, a division by 0 or an overflow of exp in the loss (inside torch.autograd."
+    "set_detect_anomaly(True) torch names the operation), or for a learning rate that is too large"
+)
+
+
 class InvalidValueError(BilevelError, ValueError):
     """An argument has the right type and a wrong value, shape, dtype, device or structure."""
 

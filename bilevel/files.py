@@ -29,6 +29,18 @@ _UNREADABLE = (
 )
 
 
+def check_folder(path: str | os.PathLike[str], argument: str) -> None:
+    """Raise unless a file can lie at `path`: its folder exists, and it is no folder itself."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise InvalidValueError(
+            f"`{argument}` is {os.fspath(path)!r}, but there is no folder {folder}; make it first, for example by "
+            f"os.makedirs({os.path.dirname(os.fspath(path))!r})"
+        )
+    if os.path.isdir(path):
+        raise InvalidValueError(f"`{argument}` is {os.fspath(path)!r}, a folder; give the name of a file in it")
+
+
 def write(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write plain values and tensors to a file, all of it or nothing."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.part"

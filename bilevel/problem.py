@@ -180,17 +180,3 @@ def _as_solver(solver: Any, with_data: bool) -> InnerSolver:
     custom = Custom(solver)
     _check_arguments(solver, "inner_solver", ["params", "hparams", "data"][: 3 if with_data else 2], "inner_data")
     return custom
-
-
-def checked_scalar(value: Any, name: str) -> Tensor:
-    """Return what a loss returned; raise unless it is a scalar."""
-    if not isinstance(value, Tensor):
-        hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
-        raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")
-    if value.dim() > 0:
-        raise InvalidValueError(
-            f"`{name}` returned a tensor of shape {tuple(value.shape)}, expected a scalar (0-d); add .mean() or .sum()"
-        )
-    if not value.is_floating_point():
-        raise InvalidTypeError(f"`{name}` returned a {value.dtype} tensor, expected a floating-point one")
-    return value

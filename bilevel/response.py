@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Cost
-from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.errors import NAN_ADVICE, InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.layout import Lent
-from bilevel.problem import BilevelProblem, checked_scalar
+from bilevel.losses import scalar
+from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
 from bilevel.twice import explained, twice_differentiable
 from bilevel.vector import Vector, cast, dense, detach, leaves, norm
-from bilevel.widening import InFloat64, widened
+from bilevel.widening import CannotWidenError, InFloat64, widened
 
 
 class ProblemResponse:
@@ -89,7 +90,9 @@ class ProblemResponse:
             value, gradient = self.piece.evaluate(lower, lambda: self.hparams(upper), lambda w: self._smooth(w, upper))
         self.inner_loss = float(value.detach())
         if not math.isfinite(self.inner_loss):
-            raise NonFiniteError(f"the inner loss is {self.inner_loss} at the inner solution", "inner loss")
+            raise NonFiniteError(
+                f"the inner loss is {self.inner_loss} at the inner solution; {NAN_ADVICE}", "inner loss"
+            )
         return gradient
 
     def _smooth(self, lower: Vector, upper: Vector) -> tuple[Tensor, Vector]:
@@ -170,6 +173,8 @@ class ProblemResponse:
 
     def in_float64(self) -> ProblemResponse:
         """See `Response.in_float64`."""
+        if self._penalties:
+            raise CannotWidenError("the kinks of a penalty are found in float32")
         wide = copy.copy(self)
         wide._precision = InFloat64
         wide._start, wide._start_norm = cast(self._start, torch.float64), None
@@ -308,13 +313,13 @@ class ProblemResponse:
         """Return the loss that is trained on: the inner one, and a part of the outer one where a method adds it."""
         problem = self._problem
         given = (*structures, batch) if problem.inner_batches.given else structures
-        value = checked_scalar(problem.inner_loss(*given), problem.inner_name)
+        value = scalar(problem.inner_loss, given, problem.inner_name)
         return value + self._weight * self._outer(structures) if self._weight else value
 
     def _outer(self, structures: tuple[Any, Any]) -> Tensor:
         problem = self._problem
         given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
-        return checked_scalar(problem.outer_loss(*given), "outer_loss")
+        return scalar(problem.outer_loss, given, "outer_loss")
 
     @contextmanager
     def _randomness(self, pinned: bool) -> Iterator[None]:

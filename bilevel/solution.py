@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate
 from bilevel.errors import InvalidValueError
-from bilevel.files import read, write
+from bilevel.files import check_folder, read, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,6 +162,7 @@ class Solution:
             "certificate": asdict(self.certificate),
             "start": asdict(self.start),
         }
+        check_folder(path, "path")
         write(data, path)
 
     @staticmethod

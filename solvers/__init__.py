@@ -5,6 +5,7 @@ if __name__ == "solvers":
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Terms, about
@@ -39,17 +40,27 @@ def estimator(method: str | Estimator) -> Estimator:
         if method not in METHODS:
             raise InvalidValueError(f"`method` is {method!r}, expected one of {', '.join(METHODS)}")
         return METHODS[method]()
+    if isinstance(method, type):
+        raise InvalidTypeError(f"`method` is the class {method.__name__}; write {_instance(method)}")
     if hasattr(method, "solve"):
         raise InvalidTypeError(
             f"`method` is {method!r}, which solves another problem; write bilevel.Implicit({method!r}) for a linear "
             "solver, and give an inner solver to BilevelProblem"
         )
-    if isinstance(method, type) or not callable(method) or not _takes_a_response(method):
+    if not callable(method) or not _takes_a_response(method):
         raise InvalidTypeError(
             f"`method` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "
             "bilevel.Truncated(steps=20)"
         )
     return method
+
+
+def _instance(kind: type) -> str:
+    """Return how an object of the class is written, the settings that it must have by name."""
+    prefix = "bilevel." if kind.__module__.startswith("bilevel.") else ""
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING] if is_dataclass(kind) else []
+    written = f"{prefix}{kind.__name__}({', '.join(f'{name}=...' for name in needed)})"
+    return f"bilevel.Implicit({written})" if hasattr(kind, "solve") else written
 
 
 def _takes_a_response(method: Callable[..., object]) -> bool:

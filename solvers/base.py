@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Cost, Hypergradient
-from bilevel.errors import InvalidTypeError, NonFiniteError, UnseenHyperparameterError
+from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
 from bilevel.operators import LinearOperator
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
 
@@ -141,7 +141,7 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
     loss = response.loss(w, h)
     response.cost.gradients += 1
     if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"the outer loss is {float(loss.detach())}", "outer loss")
+        raise NonFiniteError(f"the outer loss is {float(loss.detach())}; {NAN_ADVICE}", "outer loss")
     if not loss.requires_grad:
         raise InvalidTypeError(
             "`outer_loss` returned a tensor that depends on neither params nor hparams; "
@@ -157,7 +157,7 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
     by_lower = dict(zip(w, grads[: len(w)], strict=True))
     filled = {name: torch.zeros_like(w[name]) if g is None else dense(g) for name, g in by_lower.items()}
     if not is_finite(filled):
-        raise NonFiniteError("the gradient of the outer loss is not finite", "outer gradient")
+        raise NonFiniteError(f"the gradient of the outer loss is not finite; {NAN_ADVICE}", "outer gradient")
     return OuterGradient(
         float(loss.detach()),
         filled,
@@ -201,7 +201,7 @@ class Linearization:
         self._attached = {name: t for name, t in attached.items() if t.requires_grad}
         self.residual = detach(attached)
         if not is_finite(self.residual):
-            raise NonFiniteError("the gradient of the inner loss is not finite", "inner gradient")
+            raise NonFiniteError(f"the gradient of the inner loss is not finite; {NAN_ADVICE}", "inner gradient")
         self.operator = LinearOperator(
             self._product,
             self._lower,

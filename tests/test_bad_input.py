@@ -193,8 +193,37 @@ def test_errors_of_the_users_own_code_come_through() -> None:
     def broken(w: Tensor, h: Tensor) -> Tensor:
         raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
-        bilevel.hypergradient(problem(inner_loss=broken))
+    for which in ("inner_loss", "outer_loss"):
+        with pytest.raises(KeyError, match="mine") as caught:
+            bilevel.hypergradient(problem(**{which: broken}))
+        assert caught.value.__notes__ == [f"bilevel: while evaluating `{which}`, called with (params, hparams)"]
+
+
+def test_a_shape_error_says_in_which_loss() -> None:
+    X = torch.ones(3, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"size|shape") as caught:
+        bilevel.hypergradient(
+            problem(
+                outer_loss=lambda w, h, batch: (batch @ torch.ones(7, dtype=torch.float64)).sum() * w.sum(),
+                outer_data=X,
+            )
+        )
+    assert "`outer_loss`, called with (params, hparams, batch)" in caught.value.__notes__[0]
+
+
+def test_a_schedule_that_is_too_short() -> None:
+    p = problem(
+        hparams={"lr": torch.full((3,), 0.1, dtype=torch.float64)},
+        inner_loss=lambda w, h: (w**2).sum(),
+        outer_loss=lambda w, h: (w**2).sum(),
+        inner_solver=bilevel.inner.SGD(lr=lambda h, step: h["lr"][step], steps=5),
+    )
+    refused(lambda: bilevel.hypergradient(p, "unroll"), r"inner.SGD: `lr` has no entry for step 3.*one entry for each")
+
+
+def test_a_nan_comes_with_advice() -> None:
+    nan = problem(outer_loss=lambda w, h: (w**2).sum() * float("nan"))
+    refused(lambda: bilevel.hypergradient(nan), r"outer loss is nan; look for a logarithm.*detect_anomaly")
 
 
 @pytest.mark.parametrize("method", ["implicit", "cg", "direct", "neumann", "fixed-point", "unroll", "truncated"])
@@ -227,7 +256,10 @@ def test_a_learning_rate_under_an_implicit_method(method: str) -> None:
         ("", r"`method` is ''"),
         (None, r"`method` is None"),
         (3, r"`method` is 3"),
-        (bilevel.Unroll, r"`method` is <class.*Unroll.*expected a name.*bilevel.Truncated\(steps=20\)"),
+        (bilevel.Unroll, r"`method` is the class Unroll; write bilevel.Unroll\(\)"),
+        (bilevel.Implicit, r"`method` is the class Implicit; write bilevel.Implicit\(\)"),
+        (bilevel.Truncated, r"`method` is the class Truncated; write bilevel.Truncated\(steps=...\)"),
+        (bilevel.CG, r"`method` is the class CG; write bilevel.Implicit\(bilevel.CG\(\)\)"),
         (bilevel.CG(), r"`method` is CG\(.*bilevel.Implicit\("),
         (bilevel.inner.SGD(lr=0.1, steps=1), r"`method` is SGD"),
         (lambda *a: None, r"`method` is <function"),

@@ -158,3 +158,17 @@ def test_the_subprocess_is_the_same_run() -> None:
     command = [sys.executable, "-m", "benchmarks.killed_run", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "SIGKILL" in done.stdout
+
+
+def test_a_missing_folder_is_named_before_the_first_step(tmp_path: Path) -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: ((w - 1) ** 2 + h * w**2).sum(),
+        lambda w, h: ((w - 0.5) ** 2).sum(),
+        torch.zeros(1, dtype=torch.float64),
+        bilevel.positive(0.5),
+    )
+    for path, message in ((tmp_path / "runs" / "a.pt", r"there is no folder .*runs.*makedirs"), (tmp_path, "a folder")):
+        with pytest.raises(bilevel.InvalidValueError, match=rf"`checkpoint` is .*{message}"):
+            bilevel.solve(problem, steps=1, checkpoint=path)
+    with pytest.raises(bilevel.InvalidValueError, match=r"`path` is .*there is no folder"):
+        bilevel.solve(problem, steps=1, on_untrusted="ignore").save(tmp_path / "runs" / "a.pt")

@@ -119,6 +119,8 @@ def test_strings_in_the_batches_of_a_stream_are_left_alone() -> None:
         (lambda: X, r"`inner_data` is a function"),
         (np.float64(1.0), r"`inner_data` is a float64"),
         (DataLoader, r"`inner_data` is the class DataLoader"),
+        ([(X[:2], Y[:2]), (X[2:], Y[2:])], r"`inner_data` is a list of 2 batches.*write a DataLoader"),
+        ([{"x": X[:2]}, {"x": X[2:3]}], r"`inner_data` is a list of 2 batches"),
     ],
 )
 def test_wrong_data_are_named(data: Any, message: str) -> None:

@@ -153,7 +153,7 @@ def test_a_fit_that_ends_early_is_untrusted() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda w: None, r"what `inner_solver` returned is a NoneType"),
+        (lambda w: None, r"`inner_solver` returned None, expected the trained params.*add a return statement"),
         (lambda w: {"w": w}, r"what `inner_solver` returned.*missing.*structure that `params` has"),
         (lambda w: [w, w], r"what `inner_solver` returned has 2 tensors for the 1"),
         (lambda w: w[:1], r"what `inner_solver` returned: params has shape \(1,\), expected \(2,\)"),

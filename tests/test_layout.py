@@ -33,6 +33,7 @@ FLOORS = {
     "bilevel.files": 1,
     "bilevel.randomness": 1,
     "bilevel.twice": 1,
+    "bilevel.losses": 1,
     "bilevel.measure": 1,
     "bilevel.memory": 1,
     "bilevel.widening": 1,

@@ -70,4 +70,9 @@ class Custom:
             returned = self.fit(*given)
         if returned is None and isinstance(task.params, ModuleVariables):
             returned = params
+        if returned is None:
+            raise InvalidTypeError(
+                "`inner_solver` returned None, expected the trained params in the structure that `params` has; add a "
+                "return statement (nothing need be returned only where `params` is a module that is trained in place)"
+            )
         return task.params.read(returned, "what `inner_solver` returned")

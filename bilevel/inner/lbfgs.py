@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from bilevel.errors import InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
+from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.minimize import Array, lbfgs
 from bilevel.operators import LinearOperator
@@ -106,7 +106,7 @@ def _descend(
         loss, gradient = task.value_and_gradient(variables(x), upper, batch, pinned=True)
         value, flat = float(loss.detach()), flatten(gradient).double().cpu().numpy()
         if not math.isfinite(value):
-            raise NonFiniteError(f"the inner loss became {value} during L-BFGS", "inner loss")
+            raise NonFiniteError(f"the inner loss became {value} during L-BFGS; {NAN_ADVICE}", "inner loss")
         latest = (x.tobytes(), float(np.linalg.norm(flat)))
         return value, flat * unit
 

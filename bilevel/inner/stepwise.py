@@ -129,7 +129,13 @@ def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
         for p in inspect.signature(setting).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
+    try:
+        value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
+    except IndexError as error:
+        raise InvalidValueError(
+            f"{label} has no entry for step {t} (steps count from 0): {error}; a schedule needs one entry for each of "
+            "the `steps`, or write lambda h, step: h['lr'][min(step, len(h['lr']) - 1)]"
+        ) from error
     if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
         value = value.reshape(())
     if not isinstance(value, (int, float, dict)) and not (isinstance(value, Tensor) and value.dim() == 0):
