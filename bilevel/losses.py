@@ -1,13 +1,15 @@
-"""What a loss of the user's returns: a scalar, or an error in the user's terms."""
+"""What a loss of the user's returns, and its gradient; or an error in the user's terms."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.vector import Vector, dense
 
 
 def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tensor:
@@ -28,3 +30,20 @@ def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tenso
     if not value.is_floating_point():
         raise InvalidTypeError(f"`{name}` returned a {value.dtype} tensor, expected a floating-point one")
     return value
+
+
+def gradient(value: Tensor, at: Vector, name: str, *, create_graph: bool) -> Vector:
+    """Differentiate what the inner loss `name` returned; zero for a tensor that it does not use."""
+    if not value.requires_grad:
+        raise InvalidTypeError(
+            f"`{name}` returned a tensor that does not depend on params; do not detach them, and use the `params` that "
+            "the loss is called with"
+        )
+    grads = torch.autograd.grad(value, list(at.values()), create_graph=create_graph, allow_unused=True)
+    if all(g is None for g in grads):
+        raise InvalidTypeError(
+            f"`{name}` does not depend on params; use the `params` that the loss is called with, not the ones from "
+            "outside"
+        )
+    pairs = zip(at.items(), grads, strict=True)
+    return {tensor: torch.zeros_like(x) if g is None else dense(g) for (tensor, x), g in pairs}

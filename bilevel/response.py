@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Cost
-from bilevel.errors import NAN_ADVICE, InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.layout import Lent
-from bilevel.losses import scalar
+from bilevel.losses import gradient, scalar
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
 from bilevel.twice import explained, twice_differentiable
-from bilevel.vector import Vector, cast, dense, detach, leaves, norm
+from bilevel.vector import Vector, cast, detach, leaves, norm
 from bilevel.widening import CannotWidenError, InFloat64, widened
 
 
@@ -292,22 +292,11 @@ class ProblemResponse:
         with torch.enable_grad(), self._lent(lower, h, keep_buffers=training, twice=create_graph) as structures:
             with self._randomness(pinned):
                 value = self._objective(structures, batch)
-            if not value.requires_grad:
-                raise InvalidTypeError(
-                    f"`{problem.inner_name}` returned a tensor that does not depend on params; do not detach them, and "
-                    "use the `params` that the loss is called with"
-                )
             if create_graph:
                 problem.examine(value)
-            grads = torch.autograd.grad(value, list(lower.values()), create_graph=create_graph, allow_unused=True)
+            found = gradient(value, lower, problem.inner_name, create_graph=create_graph)
         self.cost.gradients += 1
-        if all(g is None for g in grads):
-            raise InvalidTypeError(
-                f"`{problem.inner_name}` does not depend on params; use the `params` that the loss is called with, not "
-                "the ones from outside"
-            )
-        pairs = zip(lower.items(), grads, strict=True)
-        return value, {name: torch.zeros_like(t) if g is None else dense(g) for (name, t), g in pairs}
+        return value, found
 
     def _objective(self, structures: tuple[Any, Any], batch: Any) -> Tensor:
         """Return the loss that is trained on: the inner one, and a part of the outer one where a method adds it."""
