@@ -110,12 +110,14 @@ class ImplicitEquation:
 
     def pull_back(self, lower: Vector, upper: Vector, rhs: Vector) -> dict[str, Tensor | None]:
         """Return (dx/da)^T g, itself differentiable where autograd records."""
+        refuse_transforms()
         if not is_finite(rhs):
             raise NonFiniteError("the gradient that came back to the solution is not finite", "gradient")
         with torch.no_grad():
             system = Linearization(self._condition, lower, upper)
             u = self._transposed.solve(system, detach(rhs))
-            self._check_solution(system, detach(lower), detach(upper), norm(u) / norm(rhs))
+            if float(norm(u)) > 0.0:
+                self._check_solution(system, detach(lower), detach(upper), norm(u) / norm(rhs))
         if not torch.is_grad_enabled():
             return negative(system.pull_back(u))
         u = attach(self.adjoint(), u, AdjointCondition.upper(rhs, lower, upper))
@@ -145,6 +147,16 @@ class ImplicitEquation:
             )
         step = self._straight.solve(system if self._symmetric else system_of_a, system.residual)
         self._trust.solution(float(norm(step)), size, left)
+
+
+def refuse_transforms() -> None:
+    """Raise inside of torch.func, whose tensors hold no numbers that a solver could look at."""
+    if torch._C._are_functorch_transforms_active():
+        # A RuntimeError, as torch itself raises: who tries a batched product first falls back to single ones.
+        raise RuntimeError(
+            "solvers look at numbers, which tensors inside of torch.func (vmap, grad, jacrev) or of vectorize=True do "
+            "not have; use torch.autograd.grad or torch.autograd.functional (jacobian, hessian) without vectorize=True"
+        )
 
 
 class _Attach(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bilevel.differentiable.anderson import Anderson
 from bilevel.differentiable.arguments import Arguments
-from bilevel.differentiable.equation import ImplicitEquation, attach, paths
+from bilevel.differentiable.equation import ImplicitEquation, attach, paths, refuse_transforms
 from bilevel.differentiable.newton import Found, Newton
 from bilevel.differentiable.problems import LossResponse, ResidualResponse
 from bilevel.differentiable.trust import Trust
@@ -60,6 +60,7 @@ def argmin(
     >>> slope.item(), torch.autograd.grad(slope, a)[0].item()  # 1 / a and -1 / a^2
     (0.5, -0.25)
     """
+    refuse_transforms()
     check_on_untrusted(on_untrusted)
     _check_callable(loss, "loss", "(params, *args) -> scalar Tensor")
     if isinstance(solver, type):
@@ -151,6 +152,7 @@ def _solved(
     name: str,
 ) -> Any:
     """Find a root or a fixed point, and attach it to the arguments."""
+    refuse_transforms()
     check_on_untrusted(on_untrusted)
     _check_callable(function, name, "(x, *args) -> the structure of `start`")
     linear_solver = _linear_solver(estimator(method), caller)
@@ -205,6 +207,8 @@ def _attached(
     used = paths(response, found, arguments.given, f"`{response.name}`")
     if not used:
         return found
+    if response.piece is not None and response.piece.reasons:
+        trust.doubt("; ".join(response.piece.reasons))
     size = max(float(norm(found)), float(norm(subtract(found, response.params.start))))
     equation = ImplicitEquation(response, symmetric, solver, trust, size)
     return attach(equation, found, {name: arguments.given[name] for name in used})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 from bilevel.differentiable.arguments import Arguments
 from bilevel.errors import InvalidTypeError
@@ -16,6 +18,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers.linear.base import dtype_of
 from bilevel.vector import Vector, subtract
+from bilevel.widening import InFloat64
 
 # Derivatives of derivatives amplify what the solver leaves, so by default it goes to the end of the digits.
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -41,6 +44,20 @@ class LossResponse(ProblemResponse):
         super().__init__(problem, inner_solver=exact)
         self.name = name
         self._hparams = arguments
+
+    @contextmanager
+    def session(self, derivatives: int = 2) -> Iterator[None]:
+        """Solve and differentiate in here.
+
+        Inside of another level that is run in float64, solvers leave torch for NumPy, which that mode refuses; and a
+        backward pass runs outside of it. So it is lifted here, and put around every call of the user's function.
+        """
+        modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        lifted: AbstractContextManager[Any] = nullcontext()
+        if modes and isinstance(modes[-1], InFloat64):
+            self._precision, lifted = InFloat64, _pop_mode_temporarily()
+        with super().session(derivatives), lifted:
+            yield
 
     @property
     def solver(self) -> InnerSolver:
