@@ -98,6 +98,7 @@ def test_a_neumann_series_scales_itself() -> None:
     assert float(found.gradient) == pytest.approx(float((point**2).sum()), rel=1e-6)  # F = h^2 |1/a|^2 / 2
     given = hypergradient(problem, Implicit(Neumann(50, step_size=1.0)), params=point, on_untrusted="ignore")
     assert given.certificate.verdict == "untrusted"
+    assert "the series grew" in given.certificate.reasons[0]
 
 
 @pytest.mark.parametrize("terms", [1, 3, 10])

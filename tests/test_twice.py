@@ -155,6 +155,11 @@ def test_a_compiled_module_is_replaced_by_its_original() -> None:
     compiled = torch.compile(model, backend="eager")
     problem = problem_of(lambda p, x: p(x), compiled)
     torch.testing.assert_close(hypergradient(problem), plain, rtol=1e-12, atol=0.0)
+    inside = nn.Sequential(linear(), torch.compile(nn.Tanh(), backend="eager"))
+    nested = problem_of(lambda p, x: p(x), inside)
+    torch.testing.assert_close(hypergradient(nested), plain, rtol=1e-12, atol=0.0)
+    with nested.params.bound(nested.params.start) as module:
+        assert not any(hasattr(part, "_orig_mod") for part in module.modules())
     solution = bilevel.solve(problem, steps=2)
     solution.apply_()
     weight = dict(model.named_parameters())["0.weight"]
