@@ -33,6 +33,8 @@ from bilevel.solvers import (
     Forward,
     Implicit,
     Neumann,
+    Nystrom,
+    QuasiNewton,
     Truncated,
     Unroll,
 )
@@ -67,6 +69,8 @@ __all__ = [
     "Newton",
     "NonFiniteError",
     "NotTwiceDifferentiableError",
+    "Nystrom",
+    "QuasiNewton",
     "Record",
     "Report",
     "Solution",

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.vector import Vector, axpy, flatten, size, unflatten
 
-# Columns of a dense matrix that are formed together by one batched product.
-BLOCK = 128
+# Rows that go through one batched product together: so many, and no more numbers than this.
+BLOCK, BLOCK_NUMBERS = 128, 2**24
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a quasi-Newton method saw of a Hessian H: steps s and the changes y ~ H s of the gradient, oldest first.
+
+    Attributes:
+        steps: `(m, size)`, float64.
+        changes: the same.
+        scale: the diagonal, up to a factor, of the inverse estimate that the method began with, `(size,)`.
+    """
+
+    steps: Tensor
+    changes: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,9 @@ class LinearOperator:
             a dense matrix is formed column by column.
         second_moment: for a Hessian: the mean square of gradients met in training, whose root stands for the diagonal
             in preconditioners.
+        pairs: for a Hessian: what L-BFGS saw of it in training.
+        kept: what a linear solver wants to have again, from its last solve with an operator like this one
+            (`LinearSolution.kept`).
 
     >>> import torch
     >>> A = LinearOperator(lambda v: {"w": 3.0 * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
@@ -39,6 +58,8 @@ class LinearOperator:
     symmetric: bool
     matvecs: Callable[[Vector], Vector] | None = None
     second_moment: Vector | None = None
+    pairs: Pairs | None = None
+    kept: Any = None
 
     def __call__(self, v: Vector) -> Vector:
         """Return A v."""
@@ -64,7 +85,7 @@ class LinearOperator:
         )
 
     def dense(self) -> Tensor:
-        """Return the matrix `(size, size)`, formed `BLOCK` columns at a time."""
+        """Return the matrix `(size, size)`."""
         first = next(iter(self.like.values()))
         n = self.size
         columns = torch.empty(n, n, dtype=first.dtype, device=first.device)
@@ -72,12 +93,13 @@ class LinearOperator:
             end = min(begin + BLOCK, n)
             units = torch.zeros(end - begin, n, dtype=first.dtype, device=first.device)
             units[torch.arange(end - begin), torch.arange(begin, end)] = 1.0
-            columns[begin:end] = self._rows(units)
+            columns[begin:end] = self.each(units)
         return columns.T
 
-    def _rows(self, units: Tensor) -> Tensor:
-        """Return A applied to each row of `units`, `(k, size)`."""
+    def each(self, rows: Tensor) -> Tensor:
+        """Return A applied to each row of `rows`, `(k, size)`, in batches."""
         if self.matvecs is None:
-            return torch.stack([self.flat(row) for row in units])
-        products = self.matvecs(unflatten(units, self.like))
-        return torch.cat([t.reshape(units.shape[0], -1) for t in products.values()], dim=1)
+            return torch.stack([self.flat(row) for row in rows])
+        block = max(1, min(BLOCK, BLOCK_NUMBERS // self.size))
+        products = [self.matvecs(unflatten(part, self.like)) for part in torch.split(rows, block)]
+        return torch.cat([torch.cat([t.reshape(len(t), -1) for t in part.values()], dim=1) for part in products])

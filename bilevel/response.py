@@ -16,6 +16,7 @@ from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.layout import Lent
 from bilevel.losses import gradient, scalar
+from bilevel.operators import Pairs
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import fork_random, get_random, set_random
@@ -32,6 +33,7 @@ class ProblemResponse:
     Attributes:
         cost: gradients and products spent so far.
         second_moment: see `Response`.
+        pairs: see `Response`.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
         gradient_floor: see `Response`.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
@@ -64,6 +66,7 @@ class ProblemResponse:
         self._start_norm: float | None = None
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.second_moment: Vector | None = None
+        self.pairs: Pairs | None = None
         self._set_up = self._first_order = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
@@ -228,7 +231,7 @@ class ProblemResponse:
         """Run the inner solver from `lower`."""
         self.piece = None
         solution = self._solver.solve(self, lower, upper)
-        self.second_moment = solution.second_moment
+        self.second_moment, self.pairs = solution.second_moment, solution.pairs
         return solution
 
     def draw(self) -> Any:

@@ -15,7 +15,17 @@ from bilevel.solvers.finite_difference import FiniteDifference
 from bilevel.solvers.fixed_point import FixedPoint
 from bilevel.solvers.forward import Forward
 from bilevel.solvers.implicit import Implicit
-from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver, Neumann
+from bilevel.solvers.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Cholesky,
+    LinearSolution,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    QuasiNewton,
+)
 from bilevel.solvers.truncated import Truncated, Unroll
 
 # The table of names; it is also the table of the tests.
@@ -26,6 +36,8 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "gmres": lambda: Implicit(GMRES()),
     "direct": lambda: Implicit(Cholesky()),
     "neumann": lambda: Implicit(Neumann()),
+    "nystrom": lambda: Implicit(Nystrom()),
+    "shine": lambda: Implicit(QuasiNewton()),
     "fixed-point": FixedPoint,
     "finite-difference": FiniteDifference,
     "unroll": Unroll,
@@ -90,6 +102,8 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "Neumann",
+    "Nystrom",
+    "QuasiNewton",
     "Response",
     "Terms",
     "Truncated",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bilevel.certificate import Cost, Hypergradient
 from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
-from bilevel.operators import LinearOperator
+from bilevel.operators import LinearOperator, Pairs
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
 
 State = Any
@@ -31,6 +31,8 @@ class RootCondition(Protocol):
     cost: Cost
     second_moment: Vector | None
     """Mean square of the gradients that an adaptive inner optimizer met on its way; a preconditioner may use it."""
+    pairs: Pairs | None
+    """What the inner L-BFGS saw of the Hessian on its way; None for other inner solvers, and where it took no step."""
 
     def at(self, lower: Vector, upper: Vector) -> AbstractContextManager[Any]:
         """Put these tensors into the user's modules while a graph is pulled back.
@@ -208,6 +210,7 @@ class Linearization:
             symmetric=True,
             matvecs=self._products,
             second_moment=response.second_moment,
+            pairs=response.pairs,
         )
 
     def _product(self, v: Vector) -> Vector:

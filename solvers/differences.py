@@ -121,7 +121,13 @@ class Differences:
         self.residual = zeros_like(lower) | present(gradient)
         if not is_finite(self.residual):
             raise NonFiniteError("the gradient of the inner loss is not finite", "inner gradient")
-        self.operator = LinearOperator(self._product, self._lower, symmetric=True, second_moment=response.second_moment)
+        self.operator = LinearOperator(
+            self._product,
+            self._lower,
+            symmetric=True,
+            second_moment=response.second_moment,
+            pairs=response.pairs,
+        )
 
     def _by_lower(self, lower: Vector) -> dict[str, Tensor | None]:
         w = leaves(lower)

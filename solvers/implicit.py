@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -83,7 +83,7 @@ class Implicit:
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
-        """Return the hypergradient at the inner solution `lower`; `state` is the last adjoint."""
+        """Return the hypergradient at the inner solution `lower`; `state` is the last `Adjoint`."""
         found, adjoint, seen = differentiate(response, lower, upper, state, self.linear_solver)
         if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
             return found, adjoint
@@ -91,6 +91,7 @@ class Implicit:
         return again, {**wide, "value": cast(wide["value"], torch.float32)}
 
 
+_TURNED = "{} met nonpositive curvature; MINRES solved the same system"
 _UNSEEN = (
     "neither loss uses it at the inner solution (or it was detached: .detach(), .item(), float()), and an "
     "implicit method sees nothing else. If the inner solver uses it "
@@ -99,11 +100,19 @@ _UNSEEN = (
 
 
 class Adjoint(TypedDict):
-    """What the next hypergradient starts from: the adjoint, and the curvature measured in so many steps."""
+    """What the next hypergradient starts from.
+
+    Attributes:
+        value: the adjoint.
+        curvature: the smallest that was measured.
+        steps: those of the solve that saw it.
+        kept: what the linear solver wants to have again.
+    """
 
     value: Vector
     curvature: float
     steps: int
+    kept: Any
 
 
 Linearize = Callable[[Response, Vector, Vector], System]
@@ -124,7 +133,7 @@ def differentiate(
         response: the problem.
         lower: the inner solution.
         upper: the hyperparameters.
-        state: the adjoint of the last call, to start from; None: zero.
+        state: what the last call left, to start from; None: nothing.
         linear_solver: None: by size.
         linearize: what makes products with second derivatives.
         advice: what to do about a large error of the adjoint; "": as the linear solver's status says.
@@ -132,8 +141,9 @@ def differentiate(
     outer = outer_gradient(response, lower, upper)
     system = linearize(response, lower, upper)
     solver = linear_solver or default_solver(system.operator)
-    solution, turned = solve_safely(solver, system.operator, outer.lower, None if state is None else state["value"])
-    notes = (f"{type(solver).__name__} met nonpositive curvature; MINRES solved the same system",) * turned
+    warm, kept = (None, None) if state is None else (state["value"], state["kept"])
+    solution, turned = solve_safely(solver, replace(system.operator, kept=kept), outer.lower, warm)
+    notes = solution.notes + (_TURNED.format(type(solver).__name__),) * turned
     through = negative(system.pull_back(solution.value))
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
     adjoint = _adjoint(system.operator, solution, state)
@@ -174,10 +184,11 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
             value=solution.value,
             curvature=warm["curvature"] if seen is None else min(seen, warm["curvature"]),
             steps=warm["steps"],
+            kept=solution.kept,
         )
     if seen is None:
         seen, _ = extreme_eigenvalues(operator)
-    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps)
+    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps, kept=solution.kept)
 
 
 def _equation(outer: OuterGradient, system: System, scale: float) -> Equation:

@@ -32,7 +32,7 @@ from bilevel.evaluation import Evaluator
 from bilevel.solvers import Estimator, estimator
 from bilevel.solvers.about import about
 from bilevel.solvers.base import Response, State
-from bilevel.solvers.linear import GMRES, MINRES
+from bilevel.solvers.linear import GMRES, MINRES, Nystrom, QuasiNewton
 from bilevel.testing import CheckFailedError, KnownProblem, check_estimator, known_problems, relative_error
 from bilevel.vector import Vector
 
@@ -46,6 +46,10 @@ BARS: dict[str, tuple[Estimator, float]] = {
     "minres at rtol 1e-10": (Implicit(MINRES(rtol=1e-10)), 1e-8),
     "gmres at rtol 1e-10": (Implicit(GMRES(rtol=1e-10)), 1e-8),
     "neumann with enough terms": (Implicit(Neumann(max_steps=10_000, rtol=1e-9)), 1e-6),
+    "nystrom of full rank": (Implicit(Nystrom(rank=30)), 1e-8),
+    "cg with a nystrom sketch": (Implicit(CG(rtol=1e-10, preconditioner=Nystrom(rank=4))), 1e-8),
+    "cg with quasi-newton pairs": (Implicit(CG(rtol=1e-10, preconditioner="lbfgs")), 1e-8),
+    "shine refined to the end": (Implicit(QuasiNewton(max_steps=1000, rtol=1e-10)), 1e-8),
     "fixed-point": (FixedPoint(), 1e-6),
     "differences of gradients with cg": (FiniteDifference(CG(rtol=1e-10)), 1e-8),
     "unroll": (Unroll(), 1e-10),
@@ -437,6 +441,8 @@ LOOSE: dict[str, Estimator] = {
     **{f"cg at rtol {rtol:g}": Implicit(CG(rtol=rtol)) for rtol in (1e-1, 1e-3, 1e-5)},
     **{f"minres at rtol {rtol:g}": Implicit(MINRES(rtol=rtol)) for rtol in (1e-1, 1e-3, 1e-5)},
     **{f"neumann, {terms} terms": Implicit(Neumann(max_steps=terms)) for terms in (3, 10, 30)},
+    **{f"nystrom, rank {rank}": Implicit(Nystrom(rank=rank)) for rank in (1, 3, 5)},
+    **{f"shine, {steps} steps": Implicit(QuasiNewton(max_steps=steps)) for steps in (1, 3, 6)},
     **{f"fixed point, {steps} steps": FixedPoint(max_steps=steps) for steps in (5, 15, 40)},
 }
 # Without the free bias (Neumann measures its zero eigenvalue) and the network (condition 300: 40 terms are too few for

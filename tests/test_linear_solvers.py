@@ -12,7 +12,17 @@ from torch import Tensor
 
 from bilevel.errors import InvalidValueError
 from bilevel.operators import BLOCK, LinearOperator
-from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver, Neumann
+from bilevel.solvers.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Cholesky,
+    LinearSolution,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    QuasiNewton,
+)
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.testing import CheckFailedError, KnownSystem, check_linear_solver, known_systems
@@ -25,10 +35,14 @@ SOLVERS: dict[str, LinearSolver] = {
     "gmres": GMRES(rtol=RTOL),
     "cholesky": Cholesky(),
     "neumann": Neumann(rtol=RTOL, max_steps=2000),
+    "nystrom, full rank": Nystrom(rank=12),
+    "quasi-newton": QuasiNewton(rtol=RTOL, max_steps=2000),
+    "cg with nystrom": CG(rtol=RTOL, preconditioner=Nystrom(rank=6)),
+    "cg with pairs": CG(rtol=RTOL, preconditioner="lbfgs"),
 }
 SYSTEMS = {system.name: system for system in known_systems()}
 DEFINITE = [name for name, system in SYSTEMS.items() if system.kind == "definite"]
-ITERATIVE = ["cg", "minres", "gmres", "neumann"]
+ITERATIVE = ["cg", "minres", "gmres", "neumann", "quasi-newton", "cg with nystrom", "cg with pairs"]
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
@@ -46,7 +60,7 @@ def relative(system: KnownSystem, x: Vector) -> float:
 @every_solver
 def test_positive_definite_systems_are_solved(solver: LinearSolver, name: str) -> None:
     system, solution = run(solver, name)
-    if solver.truncates and name == "ill-conditioned":
+    if solver.truncates and name == "ill-conditioned" and solution.status != "converged":
         assert solution.status == "max_steps"  # condition 1e6: a series needs 1e7 terms, and says so
         return
     assert solution.status == "converged"
@@ -235,7 +249,7 @@ def test_coupled_tensors_of_all_shapes(solver: LinearSolver) -> None:
 def test_float32_is_solved_in_float32(solver: LinearSolver) -> None:
     system = SYSTEMS["well-conditioned"]
     low = KnownSystem("float32", system.matrix.float(), system.rhs.float())
-    loose = solver if isinstance(solver, Cholesky) else dataclasses.replace(solver, rtol=None)  # type: ignore[type-var]
+    loose = dataclasses.replace(solver, rtol=None) if hasattr(solver, "rtol") else solver  # type: ignore[type-var]
     solution = loose.solve(low.operator, low.vector(low.rhs))
     assert solution.status == "converged"
     assert all(t.dtype == torch.float32 for t in solution.value.values())

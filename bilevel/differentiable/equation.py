@@ -22,6 +22,7 @@ from torch import Tensor
 from bilevel.certificate import Cost
 from bilevel.differentiable.trust import Trust
 from bilevel.errors import InvalidValueError, NonFiniteError
+from bilevel.operators import Pairs
 from bilevel.solvers.base import Linearization, RootCondition, negative
 from bilevel.solvers.implicit import default_solver, solve_safely
 from bilevel.solvers.linear import LinearSolver
@@ -40,6 +41,7 @@ class AdjointCondition:
         self._base = base
         self.cost: Cost = base.cost
         self.second_moment: Vector | None = None
+        self.pairs: Pairs | None = None
 
     @staticmethod
     def upper(rhs: Vector, lower: Vector, upper: Vector) -> Vector:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from bilevel.layout import Variables
+from bilevel.operators import Pairs
 from bilevel.prox.piece import Piece
 from bilevel.solvers.base import Response
 from bilevel.vector import Vector
@@ -23,12 +24,14 @@ class InnerSolution:
         steps: iterations taken; 1 for a user's own loop.
         status: "converged", "steps" (a fixed number was asked for and taken), "max_steps" or "stalled".
         second_moment: mean square of the gradients met, where the solver keeps one (Adam, RMSProp); else None.
+        pairs: what L-BFGS saw of the Hessian; None for others, and where it took no step.
     """
 
     value: Vector
     steps: int
     status: str
     second_moment: Vector | None = None
+    pairs: Pairs | None = None
 
 
 class Task(Response, Protocol):

@@ -8,6 +8,7 @@ their products are differences of gradients.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +18,8 @@ import torch
 
 from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
 from bilevel.inner.base import InnerSolution, Task
-from bilevel.minimize import Array, lbfgs
-from bilevel.operators import LinearOperator
+from bilevel.minimize import HISTORY, Array, lbfgs
+from bilevel.operators import LinearOperator, Pairs
 from bilevel.solvers.base import Linearization, System
 from bilevel.solvers.differences import Differences
 from bilevel.solvers.linear.base import check_settings
@@ -63,12 +64,12 @@ class LBFGS:
         unit, linearize = _prepared(task, lower, upper, threshold)
         if unit is None:
             return InnerSolution(lower, 0, "converged")
-        w, taken, done = _descend(task, lower, upper, unit, threshold, self.max_steps)
-        if done:
-            return InnerSolution(w, taken, "converged")
-        w, steps, done = _newton(task, w, upper, threshold, linearize)
-        unfinished = "max_steps" if taken >= self.max_steps else "stalled"
-        return InnerSolution(w, taken + steps, "converged" if done else unfinished)
+        descent = _descend(task, lower, upper, unit, threshold, self.max_steps)
+        if descent.status == "converged":
+            return descent
+        w, steps, done = _newton(task, descent.value, upper, threshold, linearize)
+        status = "converged" if done else descent.status
+        return InnerSolution(w, descent.steps + steps, status, pairs=descent.pairs)
 
     def _rtol(self, dtype: torch.dtype) -> float:
         if self.rtol is not None:
@@ -91,31 +92,69 @@ def _measured(system: System, threshold: float) -> Array | None:
     return None if float(norm(system.residual)) <= threshold else _units(system.operator)
 
 
-def _descend(
-    task: Task, lower: Vector, upper: Vector, unit: Array, threshold: float, max_steps: int
-) -> tuple[Vector, int, bool]:
-    """Run SciPy's L-BFGS until the gradient norm is below the threshold; return the end, the steps, and if it is."""
+def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: float, max_steps: int) -> InnerSolution:
+    """Run SciPy's L-BFGS until the gradient norm is below the threshold."""
     batch, device = task.draw(), next(iter(lower.values())).device
-    latest = (b"", math.inf)
+    trail = _Trail(unit)
 
     def variables(x: Array) -> Vector:
         return unflatten(torch.from_numpy(x * unit).to(device), lower)
 
     def function(x: Array) -> tuple[float, Array]:
-        nonlocal latest
         loss, gradient = task.value_and_gradient(variables(x), upper, batch, pinned=True)
         value, flat = float(loss.detach()), flatten(gradient).double().cpu().numpy()
         if not math.isfinite(value):
             raise NonFiniteError(f"the inner loss became {value} during L-BFGS; {NAN_ADVICE}", "inner loss")
-        latest = (x.tobytes(), float(np.linalg.norm(flat)))
+        trail.evaluated(x, flat)
         return value, flat * unit
 
     def small_enough(x: Array) -> bool:
-        return latest[0] == x.tobytes() and latest[1] <= threshold
+        size = trail.accepted(x)
+        return size is not None and size <= threshold
 
     start = flatten(lower).double().cpu().numpy() / unit
     result = lbfgs(function, start, max_steps=max_steps, value_rtol=VALUE_RTOL, after_step=small_enough)
-    return variables(result.x), int(result.nit), float(np.linalg.norm(result.jac / unit)) <= threshold
+    unfinished = "max_steps" if int(result.nit) >= max_steps else "stalled"
+    done = float(np.linalg.norm(result.jac / unit)) <= threshold
+    pairs = trail.pairs(device)
+    return InnerSolution(variables(result.x), int(result.nit), "converged" if done else unfinished, pairs=pairs)
+
+
+class _Trail:
+    """The last steps of L-BFGS and what they did to the gradient, in the problem's own units.
+
+    SciPy returns its pairs as they lie in a ring, without saying where the ring begins.
+    """
+
+    def __init__(self, unit: Array) -> None:
+        self._unit = unit
+        self._latest: tuple[Array, Array] | None = None
+        self._at: tuple[Array, Array] | None = None
+        self._pairs: deque[tuple[Array, Array]] = deque(maxlen=HISTORY)
+
+    def evaluated(self, x: Array, gradient: Array) -> None:
+        """Take note of the gradient at x; the first point is where the trail begins."""
+        self._latest = x.copy(), gradient
+        self._at = self._at or self._latest
+
+    def accepted(self, x: Array) -> float | None:
+        """Take the step to x; return the norm of the gradient there, None where it was not evaluated last."""
+        if self._latest is None or self._at is None or not np.array_equal(self._latest[0], x):
+            self._at = None  # the next point evaluated begins a new trail
+            return None
+        (x, gradient), (before, gradient_before) = self._latest, self._at
+        s, y = (x - before) * self._unit, gradient - gradient_before
+        if float(s @ y) > np.finfo(float).eps * float(y @ y * (s @ s)) ** 0.5:
+            self._pairs.append((s, y))
+        self._at = self._latest
+        return float(np.linalg.norm(gradient))
+
+    def pairs(self, device: torch.device) -> Pairs | None:
+        """Return what was seen, oldest first; None for nothing."""
+        if not self._pairs:
+            return None
+        steps, changes = (torch.from_numpy(np.stack(side)).to(device) for side in zip(*self._pairs, strict=True))
+        return Pairs(steps, changes, torch.from_numpy(self._unit**2).to(device))
 
 
 def _units(operator: LinearOperator) -> Array:

@@ -14,7 +14,7 @@ from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
 from bilevel.vector import Vector, flatten, unflatten
 
-Status = Literal["converged", "max_steps", "stagnated", "nonpositive curvature", "singular", "diverged"]
+Status = Literal["converged", "max_steps", "stagnated", "nonpositive curvature", "singular", "diverged", "low rank"]
 
 # What each status means for the reader of a certificate, with the cure.
 EXPLANATIONS: dict[Status, str] = {
@@ -29,6 +29,8 @@ EXPLANATIONS: dict[Status, str] = {
     "to the inner loss",
     "diverged": "the series grew instead of shrinking: its step size is above 2 / (largest eigenvalue); leave "
     "`step_size` to the solver, which measures it",
+    "low rank": "the inverse is of low rank by design; raise the `rank` of bilevel.Nystrom, or take it as a "
+    "preconditioner: bilevel.CG(preconditioner=bilevel.Nystrom(...))",
 }
 
 
@@ -49,6 +51,9 @@ class LinearSolution:
         curvature: the smallest Rayleigh quotient p·Ap / p·p over the directions met; None if the
             solver looked at none.
         inverse: r -> A^-1 r for other right-hand sides, where the solver has factored A.
+        kept: what the next solve with an operator like this one is better for having (`LinearOperator.kept`): plain
+            values, since it is saved in checkpoints.
+        notes: sentences for the certificate: what was done that is worth knowing.
     """
 
     value: Vector
@@ -58,6 +63,27 @@ class LinearSolution:
     relative: float
     curvature: float | None
     inverse: Callable[[Vector], Vector] | None = None
+    kept: Any = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """M ~ A for conjugate gradients, symmetric positive definite.
+
+    Attributes:
+        inverse: r -> M^-1 r, float64 `(size,)`.
+        smallest: the smallest eigenvalue of M; 0 where unknown.
+        note: a sentence for the certificate.
+        see: called with each direction p and A p.
+        keep: steps taken, decades by which the residual fell -> `LinearSolution.kept`.
+    """
+
+    inverse: Callable[[Tensor], Tensor]
+    smallest: float = 0.0
+    note: str = ""
+    see: Callable[[Tensor, Tensor], None] = lambda p, Ap: None
+    keep: Callable[[int, float], Any] = lambda steps, decades: None
 
 
 class LinearSolver(Protocol):

@@ -11,9 +11,9 @@ its diagonal, which costs an easy one nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from bilevel.operators import LinearOperator
 from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
     LinearSolution,
+    Preconditioner,
     Status,
     check_settings,
     default_rtol,
@@ -32,8 +33,10 @@ from bilevel.solvers.linear.base import (
     start_from,
     wide,
 )
-from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal, kept_positive
+from bilevel.solvers.linear.diagonal import badly_scaled, by_diagonal, by_second_moment
 from bilevel.solvers.linear.lanczos import smallest_ritz
+from bilevel.solvers.linear.nystrom import Nystrom
+from bilevel.solvers.linear.secant import precondition as by_pairs
 from bilevel.vector import Vector, flatten, unflatten
 
 REFRESH = 50  # steps between two recomputations of the true residual
@@ -41,7 +44,24 @@ PATIENCE = 100  # steps without a better residual, after which the decrease of t
 # The residual of an ill-conditioned system first grows for long while the energy x·Ax/2 - b·x falls. Stagnation is an
 # energy that does not fall either: less than this part of its fall so far, over PATIENCE steps.
 NEGLIGIBLE = 1e-10
+ROUNDING = 1e-17  # of the first residual: 0 for the counting of decades
 PROBATION = 50  # steps without convergence after which "auto" looks at the diagonal
+
+Name = Literal["auto", "diagonal", "second-moment", "nystrom", "lbfgs"]
+BY_NAME: Mapping[str, Callable[[LinearOperator], Preconditioner]] = {
+    "diagonal": by_diagonal,
+    "second-moment": by_second_moment,
+    "nystrom": Nystrom().precondition,
+    "lbfgs": by_pairs,
+}
+
+
+class Preconditions(Protocol):
+    """Settings that make a preconditioner of an operator."""
+
+    def precondition(self, operator: LinearOperator) -> Preconditioner:
+        """Return M ~ A."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +74,10 @@ class CG:
         max_steps: most iterations; None: ten times the number of unknowns, at most 10,000.
         preconditioner: "auto" estimates the diagonal by 8 products after 50 steps without convergence, and uses it
             where entries differ a hundredfold; "diagonal" does so from the start; "second-moment" takes
-            the root of the second moment that inner.Adam ended with, at no product; a function v -> M^-1 v is the
-            user's own, symmetric positive definite; None: none.
+            the root of the second moment that inner.Adam ended with, at no product; "lbfgs" the pairs that
+            inner.LBFGS ended with and those of the last solve, at none either; "nystrom" a low-rank sketch,
+            `bilevel.Nystrom(rank=50)` one of another rank, kept while it serves; a function v -> M^-1 v is the user's
+            own, symmetric positive definite; None: none.
 
     >>> import torch
     >>> from bilevel.operators import LinearOperator
@@ -66,7 +88,7 @@ class CG:
 
     rtol: float | None = None
     max_steps: int | None = None
-    preconditioner: Literal["auto", "diagonal", "second-moment"] | Callable[[Vector], Vector] | None = "auto"
+    preconditioner: Name | Preconditions | Callable[[Vector], Vector] | None = "auto"
     truncates: ClassVar[bool] = False
     terms: ClassVar[Terms] = Terms(
         "k + 2 products, k ~ sqrt(κ) log(1/rtol)",
@@ -77,10 +99,12 @@ class CG:
 
     def __post_init__(self) -> None:
         check_settings(self.rtol, self.max_steps)
-        if not (self.preconditioner in ("auto", "diagonal", "second-moment", None) or callable(self.preconditioner)):
+        chosen = self.preconditioner
+        known = chosen is None or (isinstance(chosen, str) and chosen in ("auto", *BY_NAME))
+        if not (known or callable(chosen) or hasattr(chosen, "precondition")) or isinstance(chosen, type):
             raise InvalidValueError(
-                f'`preconditioner` is {self.preconditioner!r}, expected "auto", "diagonal", "second-moment", '
-                "None or a function"
+                f"`preconditioner` is {chosen!r}, expected None, {', '.join(map(repr, ('auto', *BY_NAME)))}, "
+                "bilevel.Nystrom(rank=50) or a function v -> M^-1 v"
             )
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
@@ -90,63 +114,59 @@ class CG:
         b = wide(rhs)
         threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
         limit = self.max_steps or min(10 * operator.size, 10_000)
-        run = _Run(operator, b, None if start is None else wide(start), *self._given(operator, rhs))
+        x, r = start_from(operator, b, None if start is None else wide(start))
+        if math.sqrt(inner(r, r)) <= threshold:
+            return replace(finished(operator, rhs, x, "converged", 0, None), kept=operator.kept)
+        chosen = self._chosen(operator, rhs)
+        run = Run(operator, b, x, r, chosen)
         first = min(PROBATION, limit) if self.preconditioner == "auto" else limit
         status = run.iterate(threshold, first)
         curvature = run.smallest_ritz()
         if status == "max_steps" and first < limit:
-            diagonal = estimate_diagonal(operator)
-            if badly_scaled(diagonal):
-                run = _Run(operator, b, run.best_x, lambda r: r / diagonal, float(diagonal.min()), run.steps)
+            diagonal = by_diagonal(operator)
+            if badly_scaled(diagonal.inverse(torch.ones_like(b)).reciprocal()):
+                run = Run(operator, b, *start_from(operator, b, run.best_x), diagonal, run.steps)
             status = run.iterate(threshold, limit)
             curvature = min(x for x in (curvature, run.smallest_ritz()) if x is not None)
-        return finished(operator, rhs, run.best_x, status, run.steps, curvature)
+        solution = finished(operator, rhs, run.best_x, status, run.steps, curvature)
+        return replace(solution, kept=run.kept(status), notes=(chosen.note,) if chosen.note else ())
 
-    def _given(self, operator: LinearOperator, rhs: Vector) -> tuple[Callable[[Tensor], Tensor], float]:
-        """Return the preconditioner to begin with, and its smallest eigenvalue (0 where unknown)."""
+    def _chosen(self, operator: LinearOperator, rhs: Vector) -> Preconditioner:
+        """Return the preconditioner to begin with."""
         chosen = self.preconditioner
+        if chosen is None or chosen == "auto":
+            return Preconditioner(lambda r: r, 1.0)
+        if isinstance(chosen, str):
+            return BY_NAME[chosen](operator)
         if callable(chosen):
-            return lambda r: flatten(chosen(unflatten(r, rhs))), 0.0
-        if chosen in ("diagonal", "second-moment"):
-            diagonal = estimate_diagonal(operator) if chosen == "diagonal" else _root_of_second_moment(operator)
-            return lambda r: r / diagonal, float(diagonal.min())
-        return lambda r: r, 1.0
+            return Preconditioner(lambda r: flatten(chosen(unflatten(r, rhs))))
+        return chosen.precondition(operator)
 
 
-def _root_of_second_moment(operator: LinearOperator) -> Tensor:
-    if operator.second_moment is None:
-        raise InvalidValueError(
-            'CG(preconditioner="second-moment") needs an inner solver that keeps one, and an inner solve before; use '
-            'inner_solver=bilevel.inner.Adam(...), or preconditioner="diagonal"'
-        )
-    return kept_positive(wide(operator.second_moment).sqrt())
+class Run:
+    """The state of one solve; x, r, z and p are the textbook's. `iterate` may be called again to go on.
 
-
-class _Run:
-    """The state of one solve; x, r, z and p are the textbook's. `iterate` may be called again to go on."""
+    Attributes:
+        best_x: the iterate of the smallest residual; the error in the norm of A is smallest at the last, `x`.
+        fall: how far that error's square has fallen.
+    """
 
     def __init__(
-        self,
-        operator: LinearOperator,
-        b: Tensor,
-        start: Tensor | None,
-        inverse: Callable[[Tensor], Tensor],
-        smallest_of_preconditioner: float,
-        steps: int = 0,
+        self, operator: LinearOperator, b: Tensor, x: Tensor, r: Tensor, preconditioner: Preconditioner, steps: int = 0
     ) -> None:
-        self.operator, self.b = operator, b
-        self.x, self.r = start_from(operator, b, start)
-        self.best_x, self.best_norm = self.x.clone(), math.sqrt(inner(self.r, self.r))
-        self.inverse, self.smallest_of_preconditioner = inverse, smallest_of_preconditioner
-        self.steps = steps
-        z = inverse(self.r)
-        self.p, self.rz = z, inner(self.r, z)
+        self.operator, self.b, self.x, self.r = operator, b, x, r
+        self.best_x, self.best_norm = x, math.sqrt(inner(r, r))
+        self.preconditioner, self.steps = preconditioner, steps
+        self._first_norm = self.best_norm
+        z = preconditioner.inverse(r)
+        self.p, self.rz = z, inner(r, z)
         self.waited, self.fall, self.lately = 0, 0.0, 0.0
         self.curvatures: list[float] = []
         self.alphas: list[float] = []
         self.betas: list[float] = []
 
     def iterate(self, threshold: float, max_steps: int) -> Status:
+        """Go on until the residual is below the threshold, or for so many steps in all."""
         while self.best_norm > threshold:
             if self.steps >= max_steps:
                 return "max_steps"
@@ -158,6 +178,7 @@ class _Run:
             # Rounding in a product of size |p||Ap| cannot tell a smaller curvature from zero.
             if not pAp > 4 * torch.finfo(dtype_of(self.operator.like)).eps * math.sqrt(pp * inner(Ap, Ap)):
                 return "nonpositive curvature"
+            self.preconditioner.see(p, Ap)
             self._step(p, Ap, self.rz / pAp)
             if self._stagnates():
                 return "stagnated"
@@ -173,7 +194,7 @@ class _Run:
         self.waited = self.waited + 1 if size >= self.best_norm else 0
         if not self.waited:
             self.best_x, self.best_norm = self.x, size
-        z = self.inverse(self.r)
+        z = self.preconditioner.inverse(self.r)
         rz, before = inner(self.r, z), self.rz
         self.alphas.append(alpha)
         self.betas.append(rz / before)
@@ -189,6 +210,13 @@ class _Run:
         self.lately = 0.0
         return stuck
 
+    def kept(self, status: Status) -> Any:
+        """Return what the preconditioner wants to have again."""
+        if status not in ("converged", "max_steps"):
+            return None
+        decades = math.log10(self._first_norm / max(self.best_norm, ROUNDING * self._first_norm))
+        return self.preconditioner.keep(self.steps, decades)
+
     def smallest_ritz(self) -> float | None:
         """Return the smallest curvature over the whole Krylov space met.
 
@@ -198,7 +226,7 @@ class _Run:
         if not self.curvatures:
             return None
         smallest = min(self.curvatures)
-        if self.alphas and self.smallest_of_preconditioner > 0.0:
+        if self.alphas and self.preconditioner.smallest > 0.0:
             ritz = smallest_ritz(self.alphas, self.betas)
-            smallest = min(smallest, ritz * self.smallest_of_preconditioner)
+            smallest = min(smallest, ritz * self.preconditioner.smallest)
         return smallest

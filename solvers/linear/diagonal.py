@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
+from bilevel.solvers.linear.base import Preconditioner, wide
 
 PROBES = 8
 SPREAD = 100.0  # the largest entry over the median, above which a system is called badly scaled
@@ -38,3 +40,22 @@ def kept_positive(diagonal: Tensor) -> Tensor:
 def badly_scaled(diagonal: Tensor) -> bool:
     """Say whether dividing by the diagonal is worth it."""
     return bool(diagonal.max() > SPREAD * diagonal.median())
+
+
+def by_diagonal(operator: LinearOperator) -> Preconditioner:
+    """Return the estimated diagonal as a preconditioner."""
+    return _of(estimate_diagonal(operator))
+
+
+def by_second_moment(operator: LinearOperator) -> Preconditioner:
+    """Return the root of Adam's second moment, which grows and falls with the diagonal."""
+    if operator.second_moment is None:
+        raise InvalidValueError(
+            'CG(preconditioner="second-moment") needs an inner solver that keeps one, and an inner solve before; use '
+            'inner_solver=bilevel.inner.Adam(...), or preconditioner="diagonal"'
+        )
+    return _of(kept_positive(wide(operator.second_moment).sqrt()))
+
+
+def _of(diagonal: Tensor) -> Preconditioner:
+    return Preconditioner(lambda r: r / diagonal, float(diagonal.min()))
