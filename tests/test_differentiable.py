@@ -646,14 +646,15 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "solver structure": (
         lambda a: argmin(quadratic, zero(2), a, solver=lambda w, a: w[:1]),
         ValueError,
-        r"has shape \(1,\), expected \(2,\)",
+        r"what `solver` returned: params has shape \(1,\), expected \(2,\)",
     ),
     "method": (
         lambda a: argmin(quadratic, zero(2), a, method="fixed-point"),
         ValueError,
         "gives hypergradients only",
     ),
-    "no steps": (lambda a: argmin(quadratic, zero(2), a, method="unroll"), ValueError, "LBFGS has none"),
+    "solver": (lambda a: argmin(quadratic, zero(2), a, solver=anything(3)), TypeError, "`solver` is a int"),
+    "no steps": (lambda a: argmin(quadratic, zero(2), a, method="unroll"), ValueError, "`solver` is LBFGS.* no steps"),
     "no graph": (
         lambda a: argmin(quadratic, zero(2), a, solver=lambda w, a: a.detach(), method="unroll"),
         TypeError,

@@ -13,7 +13,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from bilevel.differentiable.arguments import Arguments
 from bilevel.errors import InvalidTypeError
 from bilevel.hyperparameters import real
-from bilevel.inner import LBFGS, InnerSolver
+from bilevel.inner import LBFGS, Custom, InnerSolver
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers.linear.base import dtype_of
@@ -33,12 +33,15 @@ class LossResponse(ProblemResponse):
         def inner_loss(w: Any, args: Any) -> Tensor:
             return loss(w, *args)
 
-        def fit(w: Any, args: Any) -> Any:
-            return solver(w, *args)
+        function = solver
 
-        own_loop = callable(solver) and not hasattr(solver, "solve") and not isinstance(solver, type)
+        def fit(w: Any, args: Any) -> Any:
+            return function(w, *args)
+
+        if solver is not None and not hasattr(solver, "solve"):
+            solver = Custom(fit if callable(solver) else solver, name="solver")
         # real(0.0) stands in for the arguments, which are of all kinds: `_hparams` lends those in its place.
-        problem = BilevelProblem(inner_loss, inner_loss, params, real(0.0), fit if own_loop else solver)
+        problem = BilevelProblem(inner_loss, inner_loss, params, real(0.0), solver)
         problem.inner_name = name
         exact = LBFGS(RTOL.get(dtype_of(problem.params.start))) if solver is None else None
         super().__init__(problem, inner_solver=exact)

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from bilevel.differentiable.arguments import Arguments
-from bilevel.errors import InvalidTypeError, NonFiniteError
-from bilevel.response import ProblemResponse
+from bilevel.differentiable.problems import LossResponse
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.solvers import Truncated, Unroll
 from bilevel.vector import Vector, detach, is_finite, leaves
 
 
-def unrolled(response: ProblemResponse, method: Unroll | Truncated, lower: Vector, arguments: Arguments) -> Vector:
+def unrolled(response: LossResponse, method: Unroll | Truncated, lower: Vector, arguments: Arguments) -> Vector:
     """Run the inner loop and return its end, with the graph of all or of the last steps where autograd records."""
+    if not response.has_step:
+        raise InvalidValueError(
+            f"`solver` is {response.solver!r}, which has no steps that can be differentiated; write "
+            'solver=bilevel.inner.SGD(lr=..., steps=...), or choose method="implicit"'
+        )
     total = response.unroll_steps()
     window = total if isinstance(method, Unroll) else min(method.steps, total)
     if not (torch.is_grad_enabled() and arguments.given):

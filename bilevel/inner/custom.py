@@ -26,16 +26,18 @@ class Custom:
         fit: the user's function.
         penalty: what it minimizes besides `inner_loss`, of `bilevel.prox` (scikit-learn's Lasso: `prox.L1`); None:
             nothing.
+        name: the argument that it came in by, for messages.
     """
 
     fit: Callable[..., Any]
     penalty: Penalty | Sequence[Penalty] | None = None
+    name: str = "inner_solver"
     whole_loop: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not callable(self.fit):
             raise InvalidTypeError(
-                f"`inner_solver` is a {type(self.fit).__name__}, expected None, a solver of bilevel.inner "
+                f"`{self.name}` is a {type(self.fit).__name__}, expected None, a solver of bilevel.inner "
                 "(inner.SGD(lr=0.1, steps=100)), or a function fit(params, hparams) -> params"
             )
         if self.penalty is not None:
@@ -72,7 +74,7 @@ class Custom:
             returned = params
         if returned is None:
             raise InvalidTypeError(
-                "`inner_solver` returned None, expected the trained params in the structure that `params` has; add a "
+                f"`{self.name}` returned None, expected the trained params in the structure that `params` has; add a "
                 "return statement (nothing need be returned only where `params` is a module that is trained in place)"
             )
-        return task.params.read(returned, "what `inner_solver` returned")
+        return task.params.read(returned, f"what `{self.name}` returned")
