@@ -26,6 +26,7 @@ from bilevel.solvers.linear import (
     Nystrom,
     QuasiNewton,
 )
+from bilevel.solvers.one_step import OneStep
 from bilevel.solvers.truncated import Truncated, Unroll
 
 # The table of names; it is also the table of the tests.
@@ -40,6 +41,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "shine": lambda: Implicit(QuasiNewton()),
     "fixed-point": FixedPoint,
     "finite-difference": FiniteDifference,
+    "one-step": OneStep,
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
     "forward": Forward,
@@ -104,6 +106,7 @@ __all__ = [
     "Neumann",
     "Nystrom",
     "QuasiNewton",
+    "OneStep",
     "Response",
     "Terms",
     "Truncated",

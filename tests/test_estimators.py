@@ -22,6 +22,7 @@ from bilevel import (
     Forward,
     Implicit,
     Neumann,
+    OneStep,
     Truncated,
     Unroll,
     hypergradient,
@@ -444,6 +445,7 @@ LOOSE: dict[str, Estimator] = {
     **{f"nystrom, rank {rank}": Implicit(Nystrom(rank=rank)) for rank in (1, 3, 5)},
     **{f"shine, {steps} steps": Implicit(QuasiNewton(max_steps=steps)) for steps in (1, 3, 6)},
     **{f"fixed point, {steps} steps": FixedPoint(max_steps=steps) for steps in (5, 15, 40)},
+    "one step": OneStep(),
 }
 # Without the free bias (Neumann measures its zero eigenvalue) and the network (condition 300: 40 terms are too few for
 # a rate to be seen).
