@@ -155,7 +155,8 @@ def test_a_compiled_module_is_replaced_by_its_original() -> None:
     compiled = torch.compile(model, backend="eager")
     problem = problem_of(lambda p, x: p(x), compiled)
     torch.testing.assert_close(hypergradient(problem), plain, rtol=1e-12, atol=0.0)
-    inside = nn.Sequential(linear(), torch.compile(nn.Tanh(), backend="eager"))
+    compiled_part: Any = torch.compile(nn.Tanh(), backend="eager")
+    inside = nn.Sequential(linear(), compiled_part)
     nested = problem_of(lambda p, x: p(x), inside)
     torch.testing.assert_close(hypergradient(nested), plain, rtol=1e-12, atol=0.0)
     with nested.params.bound(nested.params.start) as module:
