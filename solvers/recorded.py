@@ -80,6 +80,11 @@ class RecordedStep:
         return pushed, [g is not None for g in pulled[len(self.inputs) :]]
 
 
+def filled(added: list[Tensor | None], h: Vector) -> Vector:
+    """Return what a step contributed as a vector, zero where it does not use a hyperparameter."""
+    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(h.items(), added, strict=True)}
+
+
 def in_batches(product: Any, stacked: list[Tensor]) -> list[Tensor]:
     """Apply `product` to stacked tensors; one by one where an operation has no batched derivative."""
     try:

@@ -11,7 +11,7 @@ and the size of what truncation leaves out is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,8 +20,17 @@ from torch import Tensor
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.solvers.about import About, Sweep, Terms
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
+from bilevel.solvers.coarse import coarse_sweep, sampled
 from bilevel.solvers.linear.base import check_count
-from bilevel.solvers.recorded import RecordedStep, check_end, exact_for_the_loop, inner_residual, record, without_graph
+from bilevel.solvers.recorded import (
+    RecordedStep,
+    check_end,
+    exact_for_the_loop,
+    filled,
+    inner_residual,
+    record,
+    without_graph,
+)
 from bilevel.solvers.tail import ONWARD, Tail
 from bilevel.vector import Vector, axpy, detach, leaves, norm, zeros_like
 
@@ -92,15 +101,17 @@ def _differentiate(response: Response, lower: Vector, upper: Vector, window: int
     h = leaves(upper)
     w, state = detach(lower), response.initial_state(lower)
     recorded: list[RecordedStep] = []
+    samples: list[RecordedStep] = []
+    looked_at = sampled(total - window)
     for t in range(total):
-        if t < total - window:
-            w, state = without_graph(*response.step(w, state, detach(upper), t))
-        else:
+        if t >= total - window or t in looked_at:
             step, w, state = record(response, w, state, h, t)
-            recorded.append(step)
+            (samples if t in looked_at else recorded).append(step)
+        else:
+            w, state = without_graph(*response.step(w, state, detach(upper), t))
     check_end(w)
     outer = outer_gradient(response, w, upper)
-    through, left_out = _sweep(response, recorded, outer.lower, h, total - window)
+    through, left_out = _sweep(response, recorded, samples, outer.lower, h, total - window)
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
     certificate = _certificate(response, w, upper, gradient, left_out)
     return Hypergradient(gradient, outer.loss, w, certificate, response.cost)
@@ -113,7 +124,12 @@ _UNSEEN = (
 
 
 def _sweep(
-    response: Response, recorded: list[RecordedStep], outer: Vector, h: Vector, left_out: int
+    response: Response,
+    recorded: list[RecordedStep],
+    samples: list[RecordedStep],
+    outer: Vector,
+    h: Vector,
+    left_out: int,
 ) -> tuple[dict[str, Tensor | None], _LeftOut | None]:
     """Pull the adjoint back through the recorded steps, freeing each.
 
@@ -128,8 +144,12 @@ def _sweep(
         adjoint, added = step.pull(response, adjoint, h, keep=left_out > 0 and not recorded)
         _accumulate(through, added)
         if left_out:
-            tail.add(adjoint, _filled(added, h))
-    return through, _left_out(response, step, adjoint, h, tail, left_out) if left_out else None
+            tail.add(adjoint, filled(added, h))
+    if not left_out:
+        return through, None
+    coarse = coarse_sweep(response, samples, step, adjoint, h, left_out)
+    found = _left_out(response, step, adjoint, h, tail, left_out)
+    return through, replace(found, size=max(found.size, coarse))
 
 
 @dataclass
@@ -149,7 +169,7 @@ def _left_out(
     onward = min(left_out, ONWARD)
     for _ in range(onward):
         adjoint, added = step.pull(response, adjoint, h, keep=True)
-        tail.add(adjoint, _filled(added, h))
+        tail.add(adjoint, filled(added, h))
         total = axpy(1.0, tail.contributions[-1], total)
     beyond, size = tail.beyond(left_out - onward)
     return _LeftOut(detach(axpy(1.0, beyond, total)), float(norm(total)) + size, tail.grows())
@@ -162,14 +182,10 @@ def _accumulate(through: dict[str, Tensor | None], added: list[Tensor | None]) -
             through[name] = g if held is None else held + g
 
 
-def _filled(added: list[Tensor | None], h: Vector) -> Vector:
-    return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(h.items(), added, strict=True)}
-
-
 def _certificate(
     response: Response, lower: Vector, upper: Vector, gradient: Vector, left_out: _LeftOut | None
 ) -> Certificate:
-    """Judge by the size of what truncation left out (see `bilevel.solvers.tail`)."""
+    """Judge by the size of what truncation left out (see `bilevel.solvers.tail` and `bilevel.solvers.coarse`)."""
     if left_out is None:
         return exact_for_the_loop(response, lower, upper)
     inner = inner_residual(response, lower, upper)
