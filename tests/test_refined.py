@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -320,3 +323,69 @@ def test_second_derivatives_go_through_promoted_tensors() -> None:
     (second,) = torch.autograd.grad(g.sum(), w)
     wide = x.double()
     torch.testing.assert_close(second, wide**3 * torch.exp(wide), rtol=1e-14, atol=0.0)  # rounding of exp and a product
+
+
+def causal(net: nn.Module, x: Tensor) -> Tensor:
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])  # float32, made on the way
+    out: Tensor = net(x, src_mask=mask)
+    return out
+
+
+FIRST = operator.itemgetter(0)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {
+    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True), causal),
+    "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), lambda net, x: FIRST(net(x, x, x))),
+    "lstm": (lambda: nn.LSTM(4, 3, batch_first=True), lambda net, x: FIRST(net(x))),
+    "convolution": (lambda: nn.Sequential(nn.Conv1d(5, 3, 2), nn.GELU(), nn.MaxPool1d(2)), lambda net, x: net(x)),
+    "norms": (lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GroupNorm(1, 5)), lambda net, x: net(x)),
+    "losses": (
+        lambda: nn.Linear(4, 4),
+        lambda net, x: nn.functional.cross_entropy(
+            net(x)[0], torch.arange(4), torch.arange(1.0, 5.0), reduction="none"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_under_the_mode_is_the_layer_in_float64(name: str) -> None:
+    build, run = LAYERS[name]
+    torch.manual_seed(0)
+    narrow = build()
+    x = torch.randn(2, 4 if name == "losses" else 5, 4)
+    wide = copy.deepcopy(narrow).double()
+    parameters = {key: t.detach().double().requires_grad_() for key, t in narrow.named_parameters()}
+
+    def second(value: Tensor, by: list[Tensor]) -> list[Tensor]:
+        grads = torch.autograd.grad((value**2).sum(), by, create_graph=True)
+        return [value, *grads, *torch.autograd.grad(sum((g**2).sum() for g in grads), by)]  # type: ignore[arg-type]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.manual_seed(1)
+        with InFloat64():
+            found = second(run(Swapped(narrow, parameters), x), list(parameters.values()))
+        torch.manual_seed(1)
+        with default_dtype(torch.float64):
+            expected = second(run(wide, x.double()), list(wide.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)  # nothing that was computed in float32
+
+
+class Swapped:
+    """A module with other tensors as its parameters, as `bilevel.modules` lends it."""
+
+    def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
+        self._module, self._parameters = module, parameters
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._module, self._parameters, args, kwargs)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
