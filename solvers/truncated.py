@@ -20,7 +20,7 @@ from torch import Tensor
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.solvers.about import About, Sweep, Terms
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
-from bilevel.solvers.coarse import coarse_sweep, sampled
+from bilevel.solvers.coarse import PULLS, coarse_sweep, sampled
 from bilevel.solvers.linear.base import check_count
 from bilevel.solvers.recorded import (
     RecordedStep,
@@ -52,7 +52,7 @@ class Truncated:
         sees="loop",
         derivatives=2,
         exact=False,
-        terms=Terms("K products", "K steps", "about ρ^K", "Shaban et al. 2019"),
+        terms=Terms("K + 50 products", "K + 8 steps", "about ρ^K", "Shaban et al. 2019"),
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +60,11 @@ class Truncated:
 
     def sweep(self, steps: int, hyperparameters: int) -> Sweep:
         """Return what a loop of so many steps takes."""
-        return Sweep(products=min(self.steps, steps), graphs=min(self.steps, steps))
+        window = min(self.steps, steps)
+        looked_at = len(sampled(steps - window))
+        return Sweep(
+            products=window + looked_at * (PULLS + 1) + (ONWARD if looked_at else 0), graphs=window + looked_at
+        )
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
