@@ -19,6 +19,7 @@ from bilevel.errors import (
 )
 from bilevel.inner import InnerSolver
 from bilevel.inner.base import Decay
+from bilevel.kinks import doubt_kinks
 from bilevel.problem import BilevelProblem
 from bilevel.randomness import fork_random
 from bilevel.response import ProblemResponse
@@ -77,7 +78,7 @@ class Evaluator:
             found, self.state = self.estimator(response, lower, upper, self.state)
             found = self._doubt_buffers(response, found, upper)
             if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
-                found = _doubt_kinks(response, found)
+                found = doubt_kinks(response, found, upper, status)
         self.lower = found.params
         return Evaluation(found, response.inner_loss, steps, status)
 
@@ -119,16 +120,6 @@ _BUFFERS = (
     "the outer loss reads buffers that training moved (BatchNorm's running statistics in eval mode), and no derivative "
     "follows them: let the outer loss use batch statistics (train mode), or GroupNorm or LayerNorm"
 )
-
-
-def _doubt_kinks(response: ProblemResponse, found: Hypergradient) -> Hypergradient:
-    """Add what was found out about the kinks of a penalty at the inner solution."""
-    piece, certificate = response.piece, found.certificate
-    if piece is None or not (piece.reasons or piece.notes):
-        return found
-    if piece.reasons:
-        certificate = replace(certificate, verdict="untrusted", reasons=(*certificate.reasons, *piece.reasons))
-    return replace(found, certificate=replace(certificate, notes=(*certificate.notes, *piece.notes)))
 
 
 def check_decay(solver: InnerSolver, estimator: Estimator) -> None:

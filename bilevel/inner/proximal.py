@@ -4,8 +4,9 @@
 
 Beck and Teboulle, A fast iterative shrinkage-thresholding algorithm, SIAM J. Imaging Sciences 2 (2009); restarts:
 O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, Found. Comput. Math. 15 (2015), the gradient
-scheme. The support is found after finitely many steps (Bertrand and others, JMLR 23, 2022, section 3.2); from there
-Newton steps by conjugate gradients on the free entries go to the end of the digits.
+scheme. The support is found after finitely many steps (Bertrand and others, JMLR 23, 2022, section 3.2), and sooner
+with Newton steps by conjugate gradients on the free entries, cut where they leave the piece; on the support they go to
+the end of the digits.
 Deliberate difference from the textbook: no line search, which compares values and so loses half of the digits. L is
 measured at the start, and raised when two gradients met differ by more than L times their distance.
 """
@@ -29,9 +30,12 @@ from bilevel.solvers.linear.cg import CG
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import Vector, axpy, detach, dot, is_finite, norm, subtract
 
-WAIT = 10  # steps on one piece before Newton steps are tried there; twice as many after each failure
+WAIT = 10  # steps before Newton steps are tried; twice as many after each failure
 NEWTON_STEPS = 8
-NEWTON_RTOL = 1e-4  # each Newton step shrinks the gradient about this much on a quadratic
+NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient about this much on a quadratic
+HALVINGS = 6  # of a Newton step that leaves its piece
+VALUE_RTOL = 1e-10  # part of its value by which the loss must fall there; less is too near to rounding
+ARMIJO = 1e-4  # part of the first-order decrease that such a step must bring
 NEWTON_PRODUCTS = 500  # most products of one Newton step
 ROUGH = 1.05  # a gradient may change by this much more than L says before L counts as too small
 ROUNDING = 8.0  # units in the last place of w: a shorter step is none
@@ -88,7 +92,7 @@ class Proximal:
             run.step()
             if run.residual <= max(threshold, run.rounding()):
                 return InnerSolution(run.w, run.steps, "converged")
-            if run.stable >= run.wait:
+            if run.waited >= run.wait:
                 run.newton(threshold)
         return InnerSolution(run.w, run.steps, "max_steps")
 
@@ -103,8 +107,8 @@ class _Run:
 
     Attributes:
         residual: L |y - w+|, which bounds half of the smallest subgradient at w+.
-        stable: steps since the piece changed, or since Newton steps failed on it.
-        wait: so many of them before Newton steps are tried.
+        waited: steps since Newton steps were tried.
+        wait: so many of them before they are tried again.
     """
 
     def __init__(self, task: Task, lower: Vector, upper: Vector, penalties: Sequence[Penalty]) -> None:
@@ -117,9 +121,8 @@ class _Run:
         self.w = self._prox(detach(lower), 0.0)
         self._before, self._t = self.w, 0
         self._last: tuple[Vector, Vector] | None = None  # y and its gradient
-        self._piece = self._piece_of(self.w)
-        self.steps, self.stable, self.wait, self.residual = 0, 0, WAIT, math.inf
-        whole = Linearization(task.on(self._piece.everywhere()), self.w, self._upper)
+        self.steps, self.waited, self.wait, self.residual = 0, 0, WAIT, math.inf
+        whole = Linearization(task.on(self._piece_of(self.w).everywhere()), self.w, self._upper)
         self._L = max(map(abs, extreme_eigenvalues(whole.operator)))
         if not self._L > 0.0:  # no curvature: any length will do to begin with
             self._L = float(norm(whole.residual)) / (float(norm(self.w)) or 1.0) or 1.0
@@ -136,9 +139,7 @@ class _Run:
         self._before, self.w = (after if uphill else self.w), after
         self._t = 0 if uphill else self._t + 1
         self.steps += 1
-        piece = self._piece_of(after)
-        self.stable = self.stable + 1 if piece.same(self._piece) else 0
-        self._piece = piece
+        self.waited += 1
 
     def _raise_bound(self, y: Vector, g: Vector) -> None:
         """Raise L where two gradients in a row differ by more than it allows."""
@@ -153,26 +154,26 @@ class _Run:
         return ROUNDING * self._eps * self._L * float(norm(self.w))
 
     def newton(self, threshold: float) -> None:
-        """Take Newton steps on the present piece, and keep them if the proximal gradient shrinks."""
-        found = self._descend(self._piece, threshold)
-        after = self._plain_step(found)
-        residual = self._L * float(norm(subtract(found, after)))
-        self.stable = 0
-        if residual < 0.5 * self._L * float(norm(subtract(self.w, self._plain_step(self.w)))):
+        """Take Newton steps on the present piece, and keep them if they lead closer to the solution."""
+        piece = self._piece_of(self.w)
+        found, leaving = self._descend(piece, threshold)
+        if leaving is None:
+            better = self._stillness(found) < 0.5 * self._stillness(self.w)
+        else:
+            found, better = self._backtrack(found, *leaving, piece)
+        self.waited, self.wait = 0, (1 if better else 2 * max(self.wait, WAIT))
+        if better:
             self.w = self._before = found
             self._t, self._last = 0, None
-            self._piece = self._piece_of(found)
-        else:
-            self.wait *= 2
 
-    def _descend(self, piece: Piece, threshold: float) -> Vector:
-        """Return the end of Newton steps while the gradient shrinks; put back on the piece where one leaves it."""
+    def _descend(self, piece: Piece, threshold: float) -> tuple[Vector, tuple[Vector, Vector] | None]:
+        """Return the end of Newton steps while R shrinks; the step that would leave the piece, and R there."""
         best, smallest, candidate = self.w, math.inf, self.w
         for _ in range(NEWTON_STEPS):
             system = Linearization(self._task.on(piece), candidate, self._upper)
             size = float(norm(system.residual))
             if not size < 0.5 * smallest:
-                return candidate if size < smallest else best
+                return (candidate if size < smallest else best), None
             best, smallest = candidate, size
             if size <= 0.1 * threshold:
                 break
@@ -181,8 +182,32 @@ class _Run:
                 break
             candidate = detach(subtract(candidate, step.value))
             if not self._piece_of(candidate).same(piece):
-                return self._closest(candidate, piece)
-        return best
+                return best, (step.value, system.residual)
+        return best, None
+
+    def _backtrack(self, w: Vector, step: Vector, residual: Vector, piece: Piece) -> tuple[Vector, bool]:
+        """Return w - α step, put back on the edge of the piece, for the longest α that lowers the loss; if one does.
+
+        Bertsekas, Projected Newton methods, SIAM J. Control Optim. 20 (1982).
+        """
+        value = self._loss(w)
+        visible = VALUE_RTOL * abs(value)
+        for k in range(HALVINGS):
+            trial = self._closest(axpy(-(0.5**k), step, w), piece)
+            if value - self._loss(trial) > max(visible, ARMIJO * float(dot(residual, subtract(w, trial)))):
+                return trial, True
+        return w, False
+
+    def _loss(self, w: Vector) -> float:
+        """Return g + ψ."""
+        loss, _ = self._task.value_and_gradient(w, self._upper, self._batch, pinned=True)
+        penalties = (float(p.evaluate(w[n], self._amounts[n])) for n, p in self._penalties.items())
+        return float(loss.detach()) + sum(penalties)
+
+    def _stillness(self, w: Vector) -> float:
+        """Return the length of the proximal gradient at w."""
+        after = self._prox(axpy(-1.0 / self._L, self._gradient(w), w), 1.0 / self._L)
+        return self._L * float(norm(subtract(w, after)))
 
     def _closest(self, w: Vector, piece: Piece) -> Vector:
         """Return w with the entries that left the piece put at the kink that they crossed."""
@@ -194,9 +219,6 @@ class _Run:
             inside = part.penalty.proximal(w[name], 0.0, now)
             back[name] = torch.where(crossed, torch.where(inside != w[name], inside, kink), w[name])
         return back
-
-    def _plain_step(self, w: Vector) -> Vector:
-        return self._prox(axpy(-1.0 / self._L, self._gradient(w), w), 1.0 / self._L)
 
     def _gradient(self, w: Vector) -> Vector:
         _, gradient = self._task.value_and_gradient(w, self._upper, self._batch, pinned=True)

@@ -178,7 +178,7 @@ def _check_differences(dry: DryRun, response: ProblemResponse, v: Vector, produc
             "inner_loss",
             "its gradient jumps near the starting point, as that of ReLU, max-pooling or abs does: autograd drops that "
             "curvature, and the hypergradient is that of the piece where training ends",
-            "use a smooth activation (Softplus, GELU, Tanh) if the hypergradient shall see it",
+            f"use a smooth activation (Softplus, GELU, Tanh) if the hypergradient shall see it; {_PENALTY}",
         )
     elif not found.agrees and found.settled and dry.double:
         dry.add(
@@ -196,8 +196,13 @@ def _check_differences(dry: DryRun, response: ProblemResponse, v: Vector, produc
             f"its Hessian-vector product is off by {found.mismatch:.0%} from differences of its gradient, at every "
             f"step size that this dtype allows: kinks at the starting point, or a backward that loses curvature"
             f"{_suspects(dry, response)}",
-            "run this check in float64" if not dry.double else "start away from the kink, or use smooth operations",
+            "run this check in float64"
+            if not dry.double
+            else f"start away from the kink, or use smooth operations; {_PENALTY}",
         )
+
+
+_PENALTY = "a penalty on params with a kink (l1) belongs into inner_solver=bilevel.inner.Proximal(bilevel.prox.L1(...))"
 
 
 def _suspects(dry: DryRun, response: ProblemResponse) -> str:

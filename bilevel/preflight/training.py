@@ -194,6 +194,14 @@ def check_curvature(dry: DryRun) -> None:
                 "ends it must have none for conjugate gradients, and MINRES takes over otherwise",
                 "regularize the inner loss, train to a minimum, or read the certificate",
             )
+        elif getattr(dry.problem.inner_solver, "penalties", ()):
+            dry.add(
+                "note",
+                "inner_loss",
+                "has directions without curvature at the starting point, which does no harm if the penalty holds "
+                "enough entries where training ends: only the others need curvature",
+                "read the certificate",
+            )
         else:
             dry.add(
                 "warning",

@@ -30,7 +30,7 @@ from bilevel.vector import Vector, detach, dot, leaves, max_abs
 
 ROUNDING = 64.0  # units in the last place that a gradient may be off
 PROPAGATED = 4.0  # by how much an error of the inner gradient along free entries may grow in those of held ones
-ON_THE_EDGE = 1e-6  # margin, relative to the gradient's size, below which a solution is close to a kink in λ
+ON_THE_EDGE = 1e-8  # margin, relative to the gradient's size, below which a solution is close to a kink in λ
 
 Lend = Callable[[], AbstractContextManager[Any]]
 """Lends the user's `hparams` with the current tensors."""
