@@ -158,6 +158,9 @@ class ProblemResponse:
         buffers = self.params.buffers()
         weighted = copy.copy(self)
         weighted._weight, weighted._start_norm, weighted._first_order = weight, None, False
+        if weight:
+            # What a small weight moves is small beside the inner gradient at the start: hold it against its own pull.
+            weighted._start_norm = weighted.gradient_norm(lower, upper)
         self._problem.inner_batches.go_to(self._position)
         try:
             with fork_random(self._device):
@@ -166,12 +169,15 @@ class ProblemResponse:
         finally:
             self.params.set_buffers(buffers)
 
+    def gradient_norm(self, lower: Vector, upper: Vector) -> float:
+        """Return the norm of the gradient of what is trained on."""
+        batch, w = self._inner_batch, leaves(lower)
+        return float(norm(self._inner(w, upper, batch, create_graph=False, training=False, pinned=True)[1]))
+
     def start_gradient_norm(self, upper: Vector) -> float:
         """See `Response.start_gradient_norm`; one gradient, the first time."""
         if self._start_norm is None:
-            start = leaves(self._start)
-            _, gradient = self._inner(start, upper, self._inner_batch, create_graph=False, training=False, pinned=True)
-            self._start_norm = float(norm(gradient))
+            self._start_norm = self.gradient_norm(self._start, upper)
         return self._start_norm
 
     def in_float64(self) -> ProblemResponse:

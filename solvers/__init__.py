@@ -27,6 +27,7 @@ from bilevel.solvers.linear import (
     QuasiNewton,
 )
 from bilevel.solvers.one_step import OneStep
+from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.truncated import Truncated, Unroll
 
 # The table of names; it is also the table of the tests.
@@ -42,6 +43,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "fixed-point": FixedPoint,
     "finite-difference": FiniteDifference,
     "one-step": OneStep,
+    "penalty": Penalty,
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
     "forward": Forward,
@@ -103,6 +105,7 @@ __all__ = [
     "Implicit",
     "LinearSolution",
     "LinearSolver",
+    "Penalty",
     "Neumann",
     "Nystrom",
     "QuasiNewton",

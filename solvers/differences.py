@@ -21,12 +21,11 @@ from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.operators import LinearOperator
-from bilevel.solvers.base import Response, present, ratio
+from bilevel.solvers.base import OuterGradient, Response, present, ratio
 from bilevel.solvers.linear.base import dtype_of
 from bilevel.vector import Vector, axpy, dense, detach, is_finite, leaves, norm, scale, subtract, zeros_like
 
 RATIO = 4.0
-SHRINKS = RATIO**2  # of the error of a central difference from one step to the next
 FARTHEST = 8  # steps tried in either direction: 4^8 is five decades
 
 
@@ -45,14 +44,16 @@ class Slope:
     step: float
 
 
-def slope(quotient: Callable[[float], Vector], first: float, agreement: float) -> Slope:
-    """Return the limit of a central difference quotient for steps to zero.
+def slope(quotient: Callable[[float], Vector], first: float, agreement: float, order: int = 2) -> Slope:
+    """Return the limit of a difference quotient for steps to zero.
 
     Args:
         quotient: step -> (a(+step) - a(-step)) / 2 step.
         first: the step to begin with.
         agreement: relative difference of two neighbours that ends the search.
+        order: the power of the step that the error falls with; 2 for central differences.
     """
+    shrinks = RATIO**order - 1.0
     taken: dict[int, Vector] = {}
 
     def at(k: int) -> Vector:
@@ -73,21 +74,38 @@ def slope(quotient: Callable[[float], Vector], first: float, agreement: float) -
                 break
             best, smallest = k, now
     short, long = at(best), at(best + 1)
-    value = axpy(1.0 / (SHRINKS - 1.0), subtract(short, long), short)
-    return Slope(value, smallest / (SHRINKS - 1.0), first * RATIO**best)
+    value = axpy(1.0 / shrinks, subtract(short, long), short)
+    return Slope(value, smallest / shrinks, first * RATIO**best)
 
 
 def partial(response: Response, lower: Vector, upper: Vector, onto: Vector) -> dict[str, Tensor | None]:
     """Return the gradient of the inner loss onto some of its arguments; None where it does not use one."""
+    _, grads = _differentiate(response, lower, upper, list(onto.values()))
+    return dict(zip(onto, grads, strict=True))
+
+
+def _differentiate(
+    response: Response, lower: Vector, upper: Vector, onto: list[Tensor]
+) -> tuple[float, list[Tensor | None]]:
     value = response.inner(lower, upper)
     response.cost.gradients += 1
     if not bool(torch.isfinite(value)):
         raise NonFiniteError(f"the inner loss is {float(value.detach())}", "inner loss")
     if not value.requires_grad:
-        return dict.fromkeys(onto)
+        return float(value), [None] * len(onto)
     with response.at(lower, upper):
-        grads = torch.autograd.grad(value, list(onto.values()), allow_unused=True)
-    return {name: None if g is None else dense(g) for name, g in zip(onto, grads, strict=True)}
+        grads = torch.autograd.grad(value, onto, allow_unused=True)
+    return float(value.detach()), [None if g is None else dense(g) for g in grads]
+
+
+def inner_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGradient:
+    """Differentiate g, as `outer_gradient` does f."""
+    w, h = leaves(lower), leaves(upper)
+    both = {("w", n): t for n, t in w.items()} | {("h", n): t for n, t in h.items()}
+    value, grads = _differentiate(response, w, h, list(both.values()))
+    found = dict(zip(both, grads, strict=True))
+    of_lower = {n: torch.zeros_like(t) if (g := found["w", n]) is None else g for n, t in w.items()}
+    return OuterGradient(value, of_lower, {n: found["h", n] for n in h})
 
 
 class Differences:

@@ -23,6 +23,7 @@ from bilevel import (
     Implicit,
     Neumann,
     OneStep,
+    Penalty,
     Truncated,
     Unroll,
     hypergradient,
@@ -53,6 +54,7 @@ BARS: dict[str, tuple[Estimator, float]] = {
     "shine refined to the end": (Implicit(QuasiNewton(max_steps=1000, rtol=1e-10)), 1e-8),
     "fixed-point": (FixedPoint(), 1e-6),
     "differences of gradients with cg": (FiniteDifference(CG(rtol=1e-10)), 1e-8),
+    "penalty": (Penalty(), 1e-6),
     "unroll": (Unroll(), 1e-10),
     "forward": (Forward(), 1e-10),
 }

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
-from bilevel import CG, Cholesky, FiniteDifference, Implicit, Neumann, hypergradient, inner, twice
+from bilevel import CG, Cholesky, FiniteDifference, Implicit, Neumann, Penalty, hypergradient, inner, twice
 from bilevel.response import ProblemResponse
 from bilevel.solvers.base import Linearization
 from bilevel.solvers.differences import Differences
@@ -242,10 +243,13 @@ ONCE: dict[str, tuple[bilevel.BilevelProblem, bilevel.BilevelProblem]] = {
 def test_first_derivatives_are_enough(name: str) -> None:
     """From the inner solve to the certificate, against the same function written with twice differentiable ops."""
     problem, twin = ONCE[name]
-    found = hypergradient(problem, FiniteDifference(CG(rtol=1e-9)), on_untrusted="raise")
     expected = hypergradient(twin, "cg", on_untrusted="raise")
+    found = hypergradient(problem, FiniteDifference(CG(rtol=1e-9)), on_untrusted="raise")
     assert relative_error(found.gradient, expected.gradient) <= 1e-7
-    assert not [f for f in bilevel.check(problem, "finite-difference").findings if f.level == "error"]
+    found = hypergradient(problem, "penalty", on_untrusted="raise")
+    assert relative_error(found.gradient, expected.gradient) <= 1e-6
+    for method in ("finite-difference", "penalty"):
+        assert not [f for f in bilevel.check(problem, method).findings if f.level == "error"]
 
 
 @pytest.mark.parametrize("name", ["once_differentiable", "weight_norm"])
@@ -286,9 +290,122 @@ def test_fused_kernels_stay_fused_for_first_derivatives(monkeypatch: pytest.Monk
         (lambda: FiniteDifference(CG), "`linear_solver`.*expected an object"),  # type: ignore[arg-type]
         (lambda: FiniteDifference(step_size=0.0), "`step_size` is 0.0, expected a number above 0"),
         (lambda: FiniteDifference(step=-1e-3), "`step` is -0.001"),
+        (lambda: Penalty(0.0), "`sigma` is 0.0, expected a number above 0"),
+        (lambda: Penalty(form="both"), "`form` is 'both', expected one of central"),  # type: ignore[arg-type]
         (lambda: FiniteDifference(CG(), step_size=0.1), "leave one out"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         make()
+
+
+# penalty
+
+
+def penalty_error(known: KnownProblem, method: Penalty) -> float:
+    return relative_error(at_truth(known, method).gradient, known.truth.gradient)
+
+
+@pytest.mark.parametrize(("form", "factor"), [("central", 4.0), ("forward", 2.0)])
+@every_problem
+def test_half_of_sigma_divides_the_error(known: KnownProblem, form: Any, factor: float) -> None:
+    """O(σ²) and O(σ): the next term of the series is σ² and σ of the first, a few percent at 0.01."""
+    errors = [penalty_error(known, Penalty(sigma, form)) for sigma in (1e-2, 5e-3)]
+    assert errors[0] > 1e-5, "nothing to be compared"
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.05)
+
+
+@every_problem
+def test_the_estimate_of_a_given_sigma_is_its_error(known: KnownProblem) -> None:
+    for method in (Penalty(1e-2), Penalty(1e-2, "forward")):
+        found = at_truth(known, method)
+        assert found.certificate.error == pytest.approx(relative_error(found.gradient, known.truth.gradient), rel=0.1)
+
+
+@every_problem
+def test_the_penalty_finds_its_sigma(known: KnownProblem) -> None:
+    assert penalty_error(known, Penalty()) <= 1e-6
+    assert penalty_error(known, Penalty(form="forward")) <= 1e-4  # 1e-3 of agreement, extrapolated
+    found = hypergradient(known.problem(), "penalty")  # from the start, with an inner solve of its own
+    assert relative_error(found.gradient, known.truth.gradient) <= 1e-6
+    assert found.certificate.verdict == "exact"
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda known, steps: inner.SGD(lr=1.0 / known.truth.curvature[1], steps=steps),
+    "adam": lambda known, steps: inner.Adam(lr=lambda h, t: 0.02 * (0.01 / steps) ** (t / steps), steps=steps),
+}
+
+
+@pytest.mark.parametrize("steps", [3, 10, 400])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["per-feature ridge", "logistic regression", "coupled quadratic"])
+def test_a_penalty_on_loops_that_stop_early_is_never_exact_by_mistake(name: str, optimizer: str, steps: int) -> None:
+    known = PROBLEMS[name]
+    found = at_truth(known, "penalty", OPTIMIZERS[optimizer](known, steps))
+    error = relative_error(found.gradient, known.truth.gradient)
+    if found.certificate.verdict == "exact":
+        assert error < 1e-3
+    if steps == 400:
+        assert error <= 1e-3  # the loops end there, Adam's as far as its schedule goes
+
+
+def test_a_penalty_on_minibatches_says_so() -> None:
+    """Adam on batches of 5 does not end at a solution: what the pinned batch sees of it is noise."""
+    torch.manual_seed(0)
+    rows = TensorDataset(X, Y)
+    problem = bilevel.BilevelProblem(
+        lambda w, h, b: ((b[0] @ w - b[1]) ** 2).mean() + h * (w**2).sum(),
+        lambda w, h: ((XV @ w - YV) ** 2).mean(),
+        params=torch.zeros(4, 4, dtype=torch.float64),
+        hparams=bilevel.positive(0.5),
+        inner_solver=inner.Adam(lr=0.01, steps=300),
+        inner_data=DataLoader(rows, batch_size=5, shuffle=True),
+    )
+    assert hypergradient(problem, "penalty", on_untrusted="ignore").certificate.verdict != "exact"
+
+
+def test_a_penalty_goes_through_kinks_with_a_proximal_solver() -> None:
+    def lasso() -> bilevel.BilevelProblem:
+        return bilevel.BilevelProblem(
+            lambda w, h: ((X @ w - Y[:, 0]) ** 2).mean(),
+            lambda w, h: ((XV @ w - YV[:, 0]) ** 2).mean(),
+            params=torch.zeros(4, dtype=torch.float64),
+            hparams=bilevel.positive(0.2),
+            inner_solver=inner.ProximalGradient(bilevel.prox.L1(lambda h: h), lr=0.2, steps=2000),
+        )
+
+    found, expected = hypergradient(lasso(), "penalty"), hypergradient(lasso(), "implicit")
+    assert relative_error(found.gradient, expected.gradient) <= 1e-6
+    assert found.certificate.verdict == "approximate"  # how far training got is not measured across kinks
+
+
+def test_a_penalty_in_float32_has_half_of_the_digits() -> None:
+    def problem(dtype: torch.dtype) -> bilevel.BilevelProblem:
+        x, xv, y, yv = (t.to(dtype) for t in (X, XV, Y, YV))
+        return bilevel.BilevelProblem(
+            lambda w, h: ((x @ w - y) ** 2).mean() + (h * w**2).sum(),
+            lambda w, h: ((xv @ w - yv) ** 2).mean(),
+            params=torch.zeros(4, 4, dtype=dtype),
+            hparams=bilevel.positive(torch.full((4, 1), 0.1, dtype=dtype)),
+        )
+
+    expected = hypergradient(problem(torch.float64), "direct").gradient
+    for method in ("penalty", FiniteDifference(CG(rtol=1e-4))):
+        found = hypergradient(problem(torch.float32), method)
+        error = relative_error(found.gradient.double(), expected)
+        assert error <= 1e-2
+        assert found.certificate.verdict == "approximate" or error < 1e-3
+
+
+def test_a_loop_of_ones_own_cannot_be_trained_on_another_loss() -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: ((w - h) ** 2).sum(),
+        lambda w, h: (w**2).sum(),
+        params=torch.zeros(3, dtype=torch.float64),
+        hparams=bilevel.positive(0.5),
+        inner_solver=lambda w, h: torch.full_like(w, float(h)),
+    )
+    with pytest.raises(bilevel.BilevelError, match="trains on inner_loss"):
+        hypergradient(problem, "penalty")
