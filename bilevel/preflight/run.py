@@ -56,8 +56,11 @@ def check(problem: BilevelProblem, method: str | Estimator = "implicit") -> Repo
     try:
         dry = DryRun(problem, estimator(method))
     except BilevelError as error:
-        message, _, remedy = str(error).partition(", expected ")
-        return Report(_words(problem), _words(method), (Finding("error", "method", message, f"expected {remedy}"),))
+        message, _, remedy = str(error).partition("; ")
+        if not remedy:
+            message, _, names = message.partition(", expected ")
+            remedy = f"expected {names}"
+        return Report(_words(problem), _words(method), (Finding("error", "method", message, remedy),))
     check_settings(dry)
     with own_randomness(problem, seed=0), _left_alone(problem):
         with dry.tried("problem"):
