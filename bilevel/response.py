@@ -211,10 +211,11 @@ class ProblemResponse:
 
     def _stepper(self) -> Any:
         solver: Any = self._solver
+        steps = "ProximalGradient(penalty, lr=..., steps=...)" if self._penalties else "SGD(lr=..., steps=...)"
         if not self.has_step:
             raise InvalidValueError(
                 f"unrolling differentiates through the steps of the inner solver, and {type(solver).__name__} has none "
-                'that can be; write inner_solver=bilevel.inner.SGD(lr=..., steps=...), or choose method="implicit"'
+                f'that can be; write inner_solver=bilevel.inner.{steps}, or choose method="implicit"'
             )
         return solver
 

@@ -337,6 +337,26 @@ def test_unrolled_steps_come_to_the_implicit_hypergradient(momentum: float | Non
     assert relative_error(fixed.gradient, truth.gradient) < EXACT
 
 
+@pytest.mark.parametrize("method", sorted(bilevel.METHODS))
+def test_every_method_is_right_about_a_lasso_or_says_that_it_is_not(method: str) -> None:
+    data = Regression()
+    hparams = {"l1": bilevel.positive(0.1)}
+    penalty, lr = prox.L1(lambda h: h["l1"]), 1.0 / float(torch.linalg.eigvalsh(data.hessian())[-1])
+    truth = bilevel.hypergradient(data.problem(penalty, hparams), "direct").gradient
+    for solver in (inner.Proximal(penalty), inner.ProximalGradient(penalty, lr, momentum=0.8, steps=600)):
+        problem = data.problem(None, hparams, solver=solver)
+        try:
+            found = bilevel.hypergradient(problem, method, on_untrusted="ignore")
+        except bilevel.BilevelError as error:
+            assert "ProximalGradient(" in str(error) or 'method="implicit"' in str(error)
+            continue
+        error_of = relative_error(found.gradient, truth)
+        if found.certificate.verdict == "exact":
+            assert error_of < 1e-3
+        elif found.certificate.verdict == "approximate":
+            assert error_of < 0.5
+
+
 def test_a_short_unrolled_loop_has_the_gradient_of_its_differences_and_sees_its_learning_rate() -> None:
     data = Regression()
     hparams = {"l1": bilevel.positive(0.1), "lr": bilevel.positive(0.05)}
