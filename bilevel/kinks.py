@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from bilevel.certificate import Hypergradient
+from bilevel.prox import Piece
 from bilevel.response import ProblemResponse
 from bilevel.vector import Vector, detach, leaves, max_abs, norm, subtract
 
@@ -44,6 +45,14 @@ _UNDECLARED = (
     "both L-BFGS and the implicit formula need a smooth loss: take the kink out of `inner_loss` and write "
     "inner_solver=bilevel.inner.Proximal(bilevel.prox.L1(lambda h: ...)), or another penalty of bilevel.prox"
 )
+
+
+def without_kinks(response: ProblemResponse, lower: Vector, upper: Vector) -> ProblemResponse:
+    """Return the same problem with no entry held by a penalty: its curvature in all directions."""
+    if not response.penalties:
+        return response
+    with response.hparams(detach(upper)) as hparams:
+        return response.on(Piece.at(response.penalties, lower, hparams).everywhere())
 
 
 def jumps_at_zero(response: ProblemResponse, lower: Vector, upper: Vector) -> bool:

@@ -36,6 +36,7 @@ class ProblemResponse:
         pairs: see `Response`.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
         gradient_floor: see `Response`.
+        penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
     """
@@ -51,7 +52,7 @@ class ProblemResponse:
         self._problem = problem
         self._solver = inner_solver or problem.inner_solver
         self.params = problem.params
-        self._penalties = assign(getattr(self._solver, "penalties", ()), problem.params)
+        self.penalties = assign(getattr(self._solver, "penalties", ()), problem.params)
         self.piece: Piece | None = None
         self._hparams: Lent = problem.hparams.layout
         self.data = problem.inner_data
@@ -85,7 +86,7 @@ class ProblemResponse:
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
         """See `Response.residual`."""
-        if self._penalties and self.piece is None:
+        if self.penalties and self.piece is None:
             self.piece = self._find_piece(lower, upper)
         if self.piece is None:
             value, gradient = self._smooth(lower, upper)
@@ -105,7 +106,7 @@ class ProblemResponse:
         h, size = detach(upper), self.start_gradient_norm(upper)
         self.cost.products += 1
         return Piece.examined(
-            self._penalties, lower, lambda: self.hparams(h), lambda w: self._smooth(w, h), size, self.params.label
+            self.penalties, lower, lambda: self.hparams(h), lambda w: self._smooth(w, h), size, self.params.label
         )
 
     def on(self, piece: Piece) -> ProblemResponse:
@@ -113,13 +114,6 @@ class ProblemResponse:
         held = copy.copy(self)
         held.piece = piece
         return held
-
-    def without_kinks(self, lower: Vector, upper: Vector) -> ProblemResponse:
-        """Return the same problem with no entry held by a penalty: its curvature in all directions."""
-        if not self._penalties:
-            return self
-        with self.hparams(detach(upper)) as hparams:
-            return self.on(Piece.at(self._penalties, lower, hparams).everywhere())
 
     def inner(self, lower: Vector, upper: Vector) -> Tensor:
         """See `Response.inner`."""
@@ -134,12 +128,12 @@ class ProblemResponse:
         return value
 
     def _penalty(self, lower: Vector, hparams: Any) -> Tensor | float:
-        return sum(penalty.value(lower[name], hparams) for name, penalty in self._penalties.items())
+        return sum(penalty.value(lower[name], hparams) for name, penalty in self.penalties.items())
 
     @property
     def has_kinks(self) -> bool:
         """See `Response.has_kinks`."""
-        return bool(self._penalties)
+        return bool(self.penalties)
 
     @property
     def step_size(self) -> float | None:
@@ -182,7 +176,7 @@ class ProblemResponse:
 
     def in_float64(self) -> ProblemResponse:
         """See `Response.in_float64`."""
-        if self._penalties:
+        if self.penalties:
             raise CannotWidenError("the kinks of a penalty are found in float32")
         wide = copy.copy(self)
         wide._precision = InFloat64
@@ -211,7 +205,7 @@ class ProblemResponse:
 
     def _stepper(self) -> Any:
         solver: Any = self._solver
-        steps = "ProximalGradient(penalty, lr=..., steps=...)" if self._penalties else "SGD(lr=..., steps=...)"
+        steps = "ProximalGradient(penalty, lr=..., steps=...)" if self.penalties else "SGD(lr=..., steps=...)"
         if not self.has_step:
             raise InvalidValueError(
                 f"unrolling differentiates through the steps of the inner solver, and {type(solver).__name__} has none "

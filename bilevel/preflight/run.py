@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 from bilevel.errors import BilevelError, InvalidValueError
 from bilevel.evaluation import check_problem, own_randomness
+from bilevel.kinks import without_kinks
 from bilevel.preflight.dryrun import DryRun, check_settings
 from bilevel.preflight.losses import check_inner_loss, check_outer_loss, check_second_derivatives
 from bilevel.preflight.report import Costs, Finding, Report, by_level
@@ -64,7 +65,7 @@ def check(problem: BilevelProblem, method: str | Estimator = "implicit") -> Repo
     check_settings(dry)
     with own_randomness(problem, seed=0), _left_alone(problem):
         with dry.tried("problem"):
-            dry.response = ProblemResponse(problem).without_kinks(dry.lower, dry.upper)
+            dry.response = without_kinks(ProblemResponse(problem), dry.lower, dry.upper)
         if dry.response is not None:
             _inspect(dry, dry.response)
     return Report(_words(problem), _words(dry.method), by_level(dict.fromkeys(dry.findings)), dry.costs)
