@@ -22,8 +22,10 @@ from bilevel.oracle import KnownProblem
 from bilevel.solvers import Estimator, estimator
 from bilevel.solvers.about import about
 
-IMPLICIT = tuple(name for name in METHODS if not about(estimator(name)).unrolls)
-UNROLLED = tuple(name for name in METHODS if about(estimator(name)).unrolls)
+ABOUT = {name: about(estimator(name)) for name in METHODS}
+IMPLICIT = tuple(name for name, a in ABOUT.items() if a.begins == "solution" and a.derivatives == 2)
+FIRST_ORDER = tuple(name for name, a in ABOUT.items() if a.begins == "solution" and a.derivatives < 2)
+UNROLLED = tuple(name for name, a in ABOUT.items() if a.unrolls)
 NO_TRUTH = None  # no hypergradient exists or the method cannot see it: any trusted answer is wrong
 
 
@@ -67,7 +69,8 @@ class Case:
     params: Any = None
 
 
-def _all(known: KnownProblem, truth: Any, methods: Sequence[str] = IMPLICIT, params: Any = None) -> list[Run]:
+def _all(known: KnownProblem, truth: Any, methods: Sequence[str] = (), params: Any = None) -> list[Run]:
+    methods = methods or (IMPLICIT if truth is NO_TRUTH else IMPLICIT + FIRST_ORDER)
     return [Run(name, estimator(name), known.problem(), truth, params) for name in methods]
 
 
@@ -379,6 +382,8 @@ def _once(dice: Dice) -> Case:
     loop = inner.SGD(lr=0.1 / drawn.known.truth.curvature[1], steps=20)
     runs = _all(known, NO_TRUTH)
     runs += [Run(name, estimator(name), known.problem(loop), NO_TRUTH) for name in UNROLLED]
+    smooth = dataclasses.replace(drawn.known, inner_loss=lambda w, h: drawn.known.inner_loss(w, h) + 0.1 * (w**2).sum())
+    runs += _all(known, smooth.truth.gradient, FIRST_ORDER)
     return Case("once-differentiable function", False, runs)
 
 

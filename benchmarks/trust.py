@@ -28,9 +28,9 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.traps import NO_TRUTH, Case, Run, draw_case, error_of
-from bilevel import METHODS, Implicit, Truncated, hypergradient
+from bilevel import METHODS, hypergradient
 from bilevel.errors import BilevelError
-from bilevel.solvers import Estimator
+from bilevel.solvers import Estimator, about
 
 WRONG_ABOVE = {"exact": 1e-2, "approximate": 0.5}
 FINE_BELOW = {True: 0.5, False: 1e-3}  # by whether the method approximates by design
@@ -52,9 +52,7 @@ class Verdict:
 
 def by_design(method: Estimator) -> bool:
     """Say whether the method approximates by design."""
-    if isinstance(method, Implicit):
-        return method.linear_solver is not None and method.linear_solver.truncates
-    return isinstance(method, Truncated)
+    return not about(method).exact
 
 
 def judge_run(case: Case, run: Run, seed: int) -> Verdict:

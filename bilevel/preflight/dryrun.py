@@ -129,8 +129,8 @@ def check_settings(dry: DryRun) -> None:
         dry.add(
             "note",
             "params",
-            "float32: the linear solve of an implicit method ends at about 1e-5 times the condition number; bilevel.Implicit "
-            "then takes the hypergradient again in float64",
+            "float32: the linear solve of an implicit method ends at about 1e-5 times the condition number; "
+            "bilevel.Implicit then takes the hypergradient again in float64",
             "for small problems use float64 from the start: .double() on params, hparams and data",
         )
     else:
