@@ -39,6 +39,7 @@ from bilevel.solvers import (
     QuasiNewton,
     Truncated,
     Unroll,
+    ZeroOrder,
 )
 
 __version__ = "0.1.0"
@@ -83,6 +84,7 @@ __all__ = [
     "UntrustedHypergradientError",
     "UntrustedHypergradientWarning",
     "Unroll",
+    "ZeroOrder",
     "argmin",
     "check",
     "check_gradient",

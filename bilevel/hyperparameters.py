@@ -104,6 +104,25 @@ class Hyperparameters:
         pulled = torch.autograd.grad(list(natural.values()), list(u.values()), list(natural_gradient.values()))
         return dict(zip(u, pulled, strict=True))
 
+    def moved(self, natural: Vector, step: Vector) -> Vector:
+        """Return natural values a step away, inside of their ranges.
+
+        A step of 0.01 changes a positive number by 1 %, and one without a range by 1 % of its tensor's size.
+        """
+        free = {name: t + self._unit(name, natural[name]) * step[name] for name, t in self.free(natural).items()}
+        return detach(self.natural(free))
+
+    def unchained(self, natural: Vector, by_step: Vector) -> Vector:
+        """Return the gradient over natural values that belongs to one over steps of `moved`."""
+        stretch = {n: self.kinds[n].stretch(t) if n in self.kinds else torch.ones_like(t) for n, t in natural.items()}
+        return {name: t / (stretch[name] * self._unit(name, natural[name])) for name, t in by_step.items()}
+
+    def _unit(self, name: str, natural: Tensor) -> float:
+        """Return what a step of 1 adds to an unconstrained value."""
+        if not isinstance(self.kinds.get(name, Real(natural, ())), Real):
+            return 1.0
+        return float(natural.double().square().mean().sqrt()) or 1.0
+
     def read(self, structure: Any, source: str) -> Vector:
         """Return the natural values of a structure like the user's, typed leaves or plain tensors."""
         like = next(iter(self.layout.start.values()))

@@ -96,6 +96,10 @@ class Hyperparameter(ABC):
     def free(self, natural: Tensor) -> Tensor:
         """Return u(λ)."""
 
+    def stretch(self, natural: Tensor) -> Tensor:
+        """Return dλ/du entry by entry; on a simplex up to a constant, which gradients along it are free of."""
+        return natural
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Return the range that u is kept in, in the shape of u (infinite ends: no limit)."""
         infinite = torch.full_like(self.value, math.inf)
@@ -120,6 +124,10 @@ class Real(Hyperparameter):
     def free(self, natural: Tensor) -> Tensor:
         """Return λ itself."""
         return natural
+
+    def stretch(self, natural: Tensor) -> Tensor:
+        """Return 1."""
+        return torch.ones_like(natural)
 
 
 class Positive(Hyperparameter):
@@ -190,6 +198,10 @@ class Interval(Hyperparameter):
     def free(self, natural: Tensor) -> Tensor:
         """Return logit((λ - low) / (high - low))."""
         return torch.logit((natural - self.low) / (self.high - self.low))
+
+    def stretch(self, natural: Tensor) -> Tensor:
+        """Return (λ - low) (high - λ) / (high - low)."""
+        return (natural - self.low) * (self.high - natural) / (self.high - self.low)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Keep sigmoid(u) away from 0 and 1 by 1e-6."""

@@ -55,14 +55,14 @@ class ProblemResponse:
         self.penalties = assign(getattr(self._solver, "penalties", ()), problem.params)
         self.piece: Piece | None = None
         self._hparams: Lent = problem.hparams.layout
+        self.ranges = problem.hparams
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
         self.cost = Cost()
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
-        self._weight = 0.0  # of the outer loss in what is trained on
-        self._position = problem.inner_batches.position()
+        self._weight, self._position = 0.0, problem.inner_batches.position()  # weight of the outer loss in training
         self._start: Vector = problem.params.start
         self._start_norm: float | None = None
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -152,9 +152,8 @@ class ProblemResponse:
         buffers = self.params.buffers()
         weighted = copy.copy(self)
         weighted._weight, weighted._start_norm, weighted._first_order = weight, None, False
-        if weight:
-            # What a small weight moves is small beside the inner gradient at the start: hold it against its own pull.
-            weighted._start_norm = weighted.gradient_norm(lower, upper)
+        if getattr(self._solver, "needs_fixed_loss", False):
+            weighted._start_norm = weighted.gradient_norm(lower, upper)  # what there is to do, which may be little
         self._problem.inner_batches.go_to(self._position)
         try:
             with fork_random(self._device):

@@ -29,6 +29,7 @@ from bilevel.solvers.linear import (
 from bilevel.solvers.one_step import OneStep
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.truncated import Truncated, Unroll
+from bilevel.solvers.zero_order import ZeroOrder
 
 # The table of names; it is also the table of the tests.
 METHODS: Mapping[str, Callable[[], Estimator]] = {
@@ -47,6 +48,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
     "forward": Forward,
+    "zero-order": ZeroOrder,
 }
 
 
@@ -114,6 +116,7 @@ __all__ = [
     "Terms",
     "Truncated",
     "Unroll",
+    "ZeroOrder",
     "about",
     "estimator",
 ]

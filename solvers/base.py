@@ -46,6 +46,18 @@ class RootCondition(Protocol):
         ...
 
 
+class Ranges(Protocol):
+    """Where hyperparameters may go."""
+
+    def moved(self, natural: Vector, step: Vector) -> Vector:
+        """Return natural values a step away: 0.01 is 1 % of a positive number."""
+        ...
+
+    def unchained(self, natural: Vector, by_step: Vector) -> Vector:
+        """Return the gradient over natural values that belongs to one over steps."""
+        ...
+
+
 class Response(RootCondition, Protocol):
     """How the inner variables answer the outer ones, for one hypergradient.
 
@@ -54,6 +66,11 @@ class Response(RootCondition, Protocol):
 
     gradient_floor: float
     """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
+
+    @property
+    def ranges(self) -> Ranges:
+        """Return what keeps moved hyperparameters inside of their ranges."""
+        ...
 
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """Return f, differentiable."""

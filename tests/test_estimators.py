@@ -26,6 +26,7 @@ from bilevel import (
     Penalty,
     Truncated,
     Unroll,
+    ZeroOrder,
     hypergradient,
     inner,
 )
@@ -55,6 +56,7 @@ BARS: dict[str, tuple[Estimator, float]] = {
     "fixed-point": (FixedPoint(), 1e-6),
     "differences of gradients with cg": (FiniteDifference(CG(rtol=1e-10)), 1e-8),
     "penalty": (Penalty(), 1e-6),
+    "zero-order": (ZeroOrder(), 1e-6),
     "unroll": (Unroll(), 1e-10),
     "forward": (Forward(), 1e-10),
 }
