@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Data cut into blocks that can be read in any order.
+
+    Attributes:
+        weights: the share of the examples in each block; they sum to one.
+        read: block number -> batch.
+    """
+
+    weights: list[float]
+    read: Callable[[int], Any]
 
 
 class Batches:
@@ -123,6 +137,59 @@ class Batches:
             next(iterator)
         self._drawn = position["drawn"]
         torch.set_rng_state(now)
+
+    def blocks(self, size: int | None) -> Blocks:
+        """Cut the data into blocks that keep their examples.
+
+        Args:
+            size: examples in a block, for one batch; None: all of it. A DataLoader has its own blocks.
+
+        Raises:
+            InvalidValueError: for data that cannot be read in any order, or are not rows of examples.
+        """
+        if self._stream is not None:
+            return self._loader_blocks(size)
+        rows = (
+            {leaf.shape[0] if leaf.dim() else None for leaf in optree.tree_leaves(self._batch)} if self.given else {1}
+        )
+        if size is None or not self.given:
+            return Blocks([1.0], lambda i: self._batch)
+        if len(rows) != 1 or None in rows:
+            raise InvalidValueError(
+                f"`{self._role}` holds tensors of {sorted(map(str, rows))} rows, and blocks of examples are cut along "
+                "the first dimension: give all tensors one row for each example, or leave `batch_size` out"
+            )
+        count = int(next(iter(rows)) or 0)
+        ends = [min(begin + size, count) for begin in range(0, count, size)]
+
+        def read(i: int) -> Any:
+            return optree.tree_map(lambda t: t[i * size : ends[i]], self._batch)
+
+        return Blocks([(end - i * size) / count for i, end in enumerate(ends)], read)
+
+    def _loader_blocks(self, size: int | None) -> Blocks:
+        """Return the batches of a DataLoader that does not shuffle."""
+        loader, sampler = self._stream, getattr(self._stream, "batch_sampler", None)
+        fixed = type(sampler) is BatchSampler and isinstance(sampler.sampler, SequentialSampler)
+        if not isinstance(loader, DataLoader) or sampler is None or not fixed:
+            raise InvalidValueError(
+                f"`{self._role}` gives no blocks that keep their examples, which a memory of gradients needs: give "
+                "a DataLoader over a map-style Dataset with shuffle=False (the blocks are drawn at random anyway), or "
+                'one batch of tensors and `batch_size=`; method="soba" takes any stream'
+            )
+        if size is not None:
+            raise InvalidValueError(
+                f"`batch_size` is {size}, and `{self._role}` is a DataLoader with batches of its own: leave out "
+                "`batch_size`"
+            )
+        members = list(sampler)
+        total = sum(map(len, members))
+
+        def read(i: int) -> Any:
+            rows = [loader.dataset[k] for k in members[i]]
+            return self._to_device(loader.collate_fn(rows), strict=False)
+
+        return Blocks([len(rows) / total for rows in members], read)
 
     def epoch(self) -> int:
         """Return the number of batches in one pass; 1 without a stream."""

@@ -108,10 +108,13 @@ class Evaluator:
             taken = response.unroll_steps() if response.has_step else 1
             return start if given is None else given, taken, "steps"
         if given is not None:
+            response.held = True
             return given, 0, "given"
+        solver = self.inner_solver or self.problem.inner_solver
+        check_decay(solver, self.estimator)
         if begins == "last":
+            check_smooth(solver, self.estimator)
             return start if self.lower is None else self.lower, 0, "moved by the method"
-        check_decay(self.inner_solver or self.problem.inner_solver, self.estimator)
         solution = response.solve_inner(start if self.lower is None else self.lower, upper)
         return solution.value, solution.steps, solution.status
 
@@ -137,6 +140,16 @@ def check_decay(solver: InnerSolver, estimator: Estimator) -> None:
         "implicit method would be wrong there. Put the decay into `inner_loss` (+ decay / 2 * (w**2).sum()) with "
         'weight_decay=0.0, or differentiate the loop itself: method="unroll"'
     )
+
+
+def check_smooth(solver: InnerSolver, estimator: Estimator) -> None:
+    """Raise where a method that takes its own inner steps would leave out the penalties of the inner solver."""
+    penalties: tuple[Any, ...] = getattr(solver, "penalties", ())
+    if about(estimator).begins == "last" and penalties:
+        raise InvalidValueError(
+            f"`inner_solver` is {type(solver).__name__} with penalties that have kinks, and {type(estimator).__name__} "
+            'takes plain gradient steps of `inner_loss` alone; write method="implicit"'
+        )
 
 
 def check_on_untrusted(on_untrusted: str) -> None:

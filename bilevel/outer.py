@@ -99,7 +99,7 @@ def solve(
         steps: most outer steps; None: 100.
         outer_optimizer: a `torch.optim` class or a factory `tensors -> optimizer`, over the unconstrained values; or
             "lbfgs", SciPy's L-BFGS-B. None: "lbfgs" where both levels and the method are deterministic, else
-            Adam(lr=0.05).
+            Adam(lr=0.05); always Adam for a method that moves the inner variables itself ("soba").
         tol: stop when the norm of the projected hypergradient over the unconstrained values is at most `tol` times its
             norm at the start; None: 1e-6 in float64, 1e-4 in float32.
         seed: seed of torch's random numbers inside the run; the global random state is left as it was.
@@ -132,7 +132,8 @@ def solve(
         run = Run(Evaluator(problem, chosen), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report)
         status = _walk(run, Keeper(place, _label(optimizer)), optimizer)
     solution = run.solution(status)
-    _report_run(solution, on_untrusted)
+    if about(chosen).begins != "last" or not solution.certificate.trusted:  # their first ones are a transient
+        _report_run(solution, on_untrusted)
     return solution
 
 
@@ -193,14 +194,15 @@ def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
 
 
 def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Estimator) -> Any:
-    random = about(method).random
+    random, moves = about(method).random, about(method).begins == "last"
     if given is None:
-        fixed = problem.deterministic and not random
+        fixed = problem.deterministic and not random and not moves
         return "lbfgs" if fixed else lambda tensors: torch.optim.Adam(tensors, lr=0.05)
-    if given == "lbfgs" and random:
+    if given == "lbfgs" and (random or moves):
+        why = "draws other random numbers for each" if random else "moves the inner variables a little in each call"
         raise InvalidValueError(
-            f'`outer_optimizer` is "lbfgs", whose line search compares hypergradients, and {method!r} draws other '
-            "random numbers for each; write outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+            f'`outer_optimizer` is "lbfgs", whose line search compares hypergradients, and {method!r} {why}; write '
+            "outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
         )
     if isinstance(given, str) and given != "lbfgs":
         raise InvalidValueError(

@@ -34,3 +34,11 @@ def fork_random(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random(states)
+
+
+@contextmanager
+def replayed(states: RandomState, device: torch.device) -> Iterator[None]:
+    """Draw the random numbers that follow on these states, and put the global ones back at the end."""
+    with fork_random(device):
+        set_random(states)
+        yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Cost
+from bilevel.data import Blocks
 from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError
 from bilevel.inner import InnerSolution, InnerSolver
 from bilevel.layout import Lent
@@ -19,7 +20,7 @@ from bilevel.losses import gradient, scalar
 from bilevel.operators import Pairs
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
-from bilevel.randomness import fork_random, get_random, set_random
+from bilevel.randomness import get_random, replayed
 from bilevel.twice import explained, twice_differentiable
 from bilevel.vector import Vector, cast, detach, leaves, norm
 from bilevel.widening import CannotWidenError, InFloat64, widened
@@ -32,10 +33,8 @@ class ProblemResponse:
 
     Attributes:
         cost: gradients and products spent so far.
-        second_moment: see `Response`.
-        pairs: see `Response`.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
-        gradient_floor: see `Response`.
+        gradient_floor, held, stochastic, second_moment, pairs: see `Response`.
         penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -59,6 +58,7 @@ class ProblemResponse:
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
+        self.held, self.stochastic = False, not problem.deterministic
         self.cost = Cost()
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
@@ -156,8 +156,7 @@ class ProblemResponse:
             weighted._start_norm = weighted.gradient_norm(lower, upper)  # what there is to do, which may be little
         self._problem.inner_batches.go_to(self._position)
         try:
-            with fork_random(self._device):
-                set_random(self._random)
+            with replayed(self._random, self._device):
                 return weighted.solve_inner(lower, upper).value
         finally:
             self.params.set_buffers(buffers)
@@ -185,11 +184,17 @@ class ProblemResponse:
             wide.second_moment = cast(self.second_moment, torch.float64)
         return wide
 
+    def blocks(self, size: int | None) -> tuple[Blocks, Blocks]:
+        """See `Response.blocks`."""
+        return self._problem.inner_batches.blocks(size), self._problem.outer_batches.blocks(size)
+
+    def see(self, inner: Any, outer: Any) -> None:
+        """See `Response.see`."""
+        self._inner_batch, self._outer_batch, self._start_norm = inner, outer, None
+
     def redraw(self) -> None:
         """See `Response.redraw`."""
-        problem = self._problem
-        self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()
-        self._start_norm = None
+        self.see(self._problem.pinned_batches.draw(), self._problem.outer_batches.draw())
         torch.rand(1, device=self._device)  # moves on the generator that dropout draws from
         self._random = get_random(self._device)
 
@@ -313,12 +318,6 @@ class ProblemResponse:
         given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
         return scalar(problem.outer_loss, given, "outer_loss")
 
-    @contextmanager
-    def _randomness(self, pinned: bool) -> Iterator[None]:
+    def _randomness(self, pinned: bool) -> AbstractContextManager[None]:
         """Draw the same random numbers in every term of one hypergradient; go on with fresh ones in training."""
-        if not pinned:
-            yield
-            return
-        with fork_random(self._device):
-            set_random(self._random)
-            yield
+        return replayed(self._random, self._device) if pinned else nullcontext()

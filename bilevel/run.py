@@ -16,11 +16,15 @@ from bilevel.errors import NonFiniteError
 from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
 from bilevel.randomness import get_random, set_random
 from bilevel.solution import Record, Solution, summarize
+from bilevel.solvers.about import about
 from bilevel.vector import Vector, detach, is_finite, norm
 
 # Below this many times the norm at which a run stops, a hypergradient's error is held against this size. The verdict
 # allows 1e-3 of it, a tenth of the norm at which the run stops; less would ask for digits that no step uses.
 FLOOR = 100.0
+# The same, of the first hypergradient, for methods that move the inner variables by minibatches: near the optimum their
+# noise is all that is left, and no run gets further than that.
+NOISE_FLOOR = 0.1
 
 
 class Stop(BaseException):
@@ -100,7 +104,7 @@ class Run:
         record = self._record(point, size)
         if self.start is None:
             self.start = record
-            self.evaluator.gradient_floor = FLOOR * self.tol * float(norm(point.evaluation.hypergradient.gradient))
+            self.evaluator.gradient_floor = self._floor() * float(norm(point.evaluation.hypergradient.gradient))
         else:
             self.history.append(record)
             for callback in self.callbacks:
@@ -122,6 +126,11 @@ class Run:
             )
         if len(self.history) == self.steps:
             raise Stop(f"steps: all {self.steps} outer steps were taken")
+
+    def _floor(self) -> float:
+        evaluator = self.evaluator
+        noisy = about(evaluator.estimator).begins == "last" and not evaluator.problem.deterministic
+        return max(FLOOR * self.tol, NOISE_FLOOR if noisy else 0.0)
 
     def _projected_norm(self, point: Point) -> float:
         projected = {}

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Terms, about
+from bilevel.solvers.amigo import AmIGO
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.finite_difference import FiniteDifference
@@ -28,6 +29,9 @@ from bilevel.solvers.linear import (
 )
 from bilevel.solvers.one_step import OneStep
 from bilevel.solvers.penalty import Penalty
+from bilevel.solvers.saba import SABA
+from bilevel.solvers.soba import SOBA
+from bilevel.solvers.stocbio import StocBiO
 from bilevel.solvers.truncated import Truncated, Unroll
 from bilevel.solvers.zero_order import ZeroOrder
 
@@ -49,6 +53,10 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "truncated": lambda: Truncated(steps=20),
     "forward": Forward,
     "zero-order": ZeroOrder,
+    "soba": SOBA,
+    "saba": SABA,
+    "amigo": AmIGO,
+    "stocbio": StocBiO,
 }
 
 
@@ -97,6 +105,7 @@ __all__ = [
     "GMRES",
     "METHODS",
     "About",
+    "AmIGO",
     "Averaged",
     "MINRES",
     "Cholesky",
@@ -113,6 +122,9 @@ __all__ = [
     "QuasiNewton",
     "OneStep",
     "Response",
+    "SABA",
+    "SOBA",
+    "StocBiO",
     "Terms",
     "Truncated",
     "Unroll",

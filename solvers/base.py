@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Cost, Hypergradient
+from bilevel.data import Blocks
 from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
@@ -63,6 +64,12 @@ class Response(RootCondition, Protocol):
 
     Batches are drawn once, so every term of one hypergradient sees one function.
     """
+
+    held: bool
+    """The caller gave `lower` as the inner solution: a method that moves the inner variables leaves them there."""
+
+    stochastic: bool
+    """`redraw` gives other batches."""
 
     gradient_floor: float
     """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
@@ -112,6 +119,14 @@ class Response(RootCondition, Protocol):
 
     def redraw(self) -> None:
         """Draw the next batches and new random numbers: another sample of the same problem."""
+        ...
+
+    def blocks(self, size: int | None) -> tuple[Blocks, Blocks]:
+        """Cut the inner and the outer data into blocks of `size` examples; None: as the loader has them, or all."""
+        ...
+
+    def see(self, inner: Any, outer: Any) -> None:
+        """Take these batches from here on."""
         ...
 
     def unroll_steps(self) -> int:

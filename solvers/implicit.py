@@ -191,7 +191,7 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
     return Adjoint(value=solution.value, curvature=seen, steps=solution.steps, kept=solution.kept)
 
 
-def _equation(outer: OuterGradient, system: System, scale: float) -> Equation:
+def equation(outer: OuterGradient, system: System, scale: float) -> Equation:
     """Return H v = ∂f/∂w."""
     return Equation(
         outer,
@@ -220,10 +220,10 @@ def _correct(
     solve = loosely(system.operator, curvature, solution.steps)
     if solution.inverse is not None:
         solve = factored(solution.inverse, curvature)
-    here = replace(_equation(outer, system, scale), defect=lambda v: solution.residual)
+    here = replace(equation(outer, system, scale), defect=lambda v: solution.residual)
 
     def there(w: Vector) -> Equation:
-        return _equation(outer_gradient(response, w, upper), linearize(response, w, upper), scale)
+        return equation(outer_gradient(response, w, upper), linearize(response, w, upper), scale)
 
     return correct(lower, upper, gradient, solution.value, here, there, response, solve)
 

@@ -259,7 +259,7 @@ def test_a_setting_of_the_inner_solver_needs_unrolling(name: str) -> None:
     hparams = {"l2": bilevel.positive(0.1), "s": bilevel.positive(0.05)}
     problem = problem_of(lambda w, h: train(w, h["l2"]), hparams=hparams, inner_solver=SETTINGS[name])
     for method in SEES_LOSSES_ALONE:
-        found = only(problem, method)
+        (found,) = findings(problem, method, "error")
         assert (found.level, found.subject) == ("error", "hparams['s']") and "unroll" in found.remedy
     found = only(problem, "fixed-point")
     assert found.level == "note" and "unroll" in found.remedy

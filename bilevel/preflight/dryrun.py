@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError
-from bilevel.evaluation import check_decay
+from bilevel.evaluation import check_decay, check_smooth
+from bilevel.inner import LBFGS
 from bilevel.preflight.report import Costs, Finding, Level
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
@@ -152,6 +153,8 @@ def _check_inner_solver(dry: DryRun) -> None:
             f"{name} has no steps that can be differentiated, and the method unrolls them",
             'inner_solver=bilevel.inner.SGD(lr=..., steps=...), or method="implicit"',
         )
+    elif about(dry.method).begins == "last":
+        _check_moving(dry)
     elif getattr(solver, "needs_fixed_loss", False) and not problem.inner_batches.deterministic:
         dry.add(
             "error",
@@ -165,6 +168,24 @@ def _check_inner_solver(dry: DryRun) -> None:
     except BilevelError as error:
         message, _, cure = str(error).partition(". ")
         dry.add("error", "inner_solver", message, cure)
+
+
+def _check_moving(dry: DryRun) -> None:
+    """Say what becomes of the inner solver under a method that moves the inner variables itself."""
+    solver = dry.problem.inner_solver
+    try:
+        check_smooth(solver, dry.method)
+    except BilevelError as error:
+        message, _, cure = str(error).partition("; ")
+        dry.add("error", "inner_solver", message, cure)
+        return
+    if not isinstance(solver, LBFGS):
+        dry.add(
+            "note",
+            "inner_solver",
+            f"{type(solver).__name__} plays no part: {type(dry.method).__name__} takes its own inner steps",
+            'set the step size there (lr=...), or write method="implicit"',
+        )
 
 
 def _check_data(dry: DryRun) -> None:

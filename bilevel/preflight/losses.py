@@ -103,7 +103,7 @@ def _check_randomness(dry: DryRun, value: float, again: float) -> None:
     if not _noise(dry, value, again):
         return
     dry.add("note", "inner_loss", "is random (dropout?): each hypergradient pins its random numbers", _EVAL)
-    if getattr(dry.problem.inner_solver, "needs_fixed_loss", False):
+    if getattr(dry.problem.inner_solver, "needs_fixed_loss", False) and about(dry.method).begins != "last":
         dry.add(
             "warning",
             "inner_solver",

@@ -112,6 +112,8 @@ def _predicted(dry: DryRun) -> Costs:
         held = held_bytes(dry, dry.walk.bytes_per_step, sweep)
         return Costs(gradients=total, products=sweep.products, megabytes=held / 1e6)
     n, held = size(dry.lower), dry.graph_bytes
+    if about(dry.method).begins == "last":
+        return Costs(megabytes=held / 1e6)  # the first call is another than the rest, and no inner solver runs
     products, matrix = _linear_products(dry, n)
     return Costs(gradients=total, products=products, megabytes=(held + matrix * dry.first.element_size()) / 1e6)
 

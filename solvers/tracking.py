@@ -1,0 +1,254 @@
+"""How far w and v lag behind their equations, and how noisy D_λ is: the certificate of a single-loop method.
+
+On fixed data the hypergradient is corrected once in a while, as implicit methods do in every call (see
+`bilevel.solvers.correction`), and the estimate is scaled by the residuals in between: they are linear in one another.
+
+On minibatches no draw knows the solution. What can be seen is averaged over about 100 steps: the mean of D_w and D_v
+vanishes where w and v have settled, since steps that add up to nothing have directions that do. With μ the smallest
+curvature, v is off by about mean(D_v) / μ and w by mean(D_w) / μ. The noise of D_λ is its spread over the last calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from bilevel.certificate import Certificate, judge
+from bilevel.solvers.base import (
+    Linearization,
+    OuterGradient,
+    Response,
+    inner_scale,
+    outer_gradient,
+    present,
+    ratio,
+)
+from bilevel.solvers.correction import SENSITIVITY, correct, loosely
+from bilevel.solvers.directions import Directions
+from bilevel.solvers.implicit import equation
+from bilevel.solvers.linear.base import EXPLANATIONS
+from bilevel.solvers.linear.lanczos import extreme_eigenvalues
+from bilevel.vector import Vector, axpy, dot, norm, scale, subtract, zeros_like
+
+EVERY = 20  # calls from one correction to the next
+CHANGED = 3.0  # or where the residuals have grown by this factor
+SPENT = 200  # products that a correction is measured by: its two solves may take half of them each
+HORIZON = 100.0  # steps over which directions are averaged
+CALLS = 20.0  # calls over which the spread of D_λ is taken
+FEWEST = 5  # calls before that spread is known
+FLAT = 1e-8  # curvature over the largest one that counts as none
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a call ended."""
+
+    outer: OuterGradient
+    system: Linearization
+    lower: Vector
+    adjoint: Vector
+    upper: Vector
+    last: Directions
+    gradient: Vector
+    grew: bool
+
+
+@dataclass
+class Mean:
+    """A mean with fading memory, of vectors and of their squared lengths.
+
+    Attributes:
+        value: the mean; None before the first.
+        square: the mean squared length.
+        weight: what the entries weigh together, below 1.
+    """
+
+    value: Vector | None = None
+    square: float = 0.0
+    weight: float = 0.0
+
+    def see(self, v: Vector, horizon: float) -> None:
+        """Add one more; the first ones are all remembered alike."""
+        self.weight += 1.0
+        share = max(1.0 / self.weight, 1.0 / horizon)
+        self.value = v if self.value is None else axpy(share, subtract(v, self.value), self.value)
+        self.square += share * (float(norm(v)) ** 2 - self.square)
+
+    def spread(self) -> float:
+        """Return the standard deviation of single entries."""
+        few = max(2.0, min(self.weight, CALLS))
+        return math.sqrt(max(0.0, self.square - float(norm(self.value or {})) ** 2) * few / (few - 1.0))
+
+    def size(self, independent: bool) -> float:
+        """Return the length of the mean; less what chance makes of independent entries."""
+        squared = float(norm(self.value or {})) ** 2
+        if independent:
+            squared -= max(0.0, self.square - squared) / max(1.0, min(self.weight, HORIZON) - 1.0)
+        return math.sqrt(max(0.0, squared))
+
+
+@dataclass
+class Tracking:
+    """What is known of w, v and D_λ on their way.
+
+    Attributes:
+        exact: every draw is the whole problem.
+        held: w stands still, as given.
+        forgets: v is found anew in every call.
+        calls: so far.
+        inner, adjoint: means of D_w and of D_v.
+        outer: mean of D_λ over the calls.
+        noise: of the last hypergradient; None: not known.
+        bend: mean of v·Hv / v·v.
+        lowest, highest: curvatures measured; None: not yet.
+        unit: scale of the inner gradient.
+        error, residuals: the last correction, and the residuals there.
+    """
+
+    exact: bool
+    held: bool
+    forgets: bool
+    calls: int = 0
+    inner: Mean = field(default_factory=Mean)
+    adjoint: Mean = field(default_factory=Mean)
+    outer: Mean = field(default_factory=Mean)
+    noise: float | None = None
+    bend: float | None = None
+    lowest: float | None = None
+    highest: float | None = None
+    unit: float = 0.0
+    error: float | None = None
+    residuals: float = 0.0
+
+    @classmethod
+    def resumed(cls, exact: bool, held: bool, forgets: bool, state: dict[str, Any] | None) -> Tracking:
+        """Return what `state` left."""
+        found = cls(exact, held, forgets)
+        for name, value in (state or {}).items():
+            setattr(found, name, Mean(**value) if isinstance(value, dict) else value)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("exact", "held", "forgets")}
+        return {name: dict(vars(value)) if isinstance(value, Mean) else value for name, value in values.items()}
+
+    def see_lower(self, residual: Vector) -> None:
+        """Take D_w into account."""
+        if not self.exact:
+            self.inner.see(residual, HORIZON)
+
+    def see_adjoint(self, v: Vector, found: Directions) -> None:
+        """Take D_v into account."""
+        if self.exact:
+            return
+        self.adjoint.see(found.adjoint, HORIZON)
+        bend = ratio(float(dot(v, found.product)), float(dot(v, v)))
+        self.bend = bend if self.bend is None else self.bend + (bend - self.bend) / HORIZON
+
+    def sampled(self, gradients: Sequence[Vector], before: Vector | None, momentum: float, averages: bool) -> Vector:
+        """Return the hypergradient of this call from its draws of D_λ, and find out how noisy it is."""
+        draws = Mean()
+        for gradient in gradients:
+            draws.see(gradient, math.inf)
+        assert draws.value is not None
+        found = draws.value if averages else gradients[-1]
+        if before is not None:
+            found = axpy(momentum, before, scale(1.0 - momentum, found))
+            self.outer.see(found, CALLS)
+        spread, count = (draws.spread(), len(gradients)) if before is None else (self.outer.spread(), 1)
+        known = len(gradients) > 1 or self.outer.weight >= FEWEST
+        self.noise = spread / math.sqrt(count if averages else 1) if known else None
+        return found
+
+    def certificate(self, response: Response, here: Here, lags: bool) -> Certificate:
+        """Judge; `lags`: the hypergradient is a mean over calls."""
+        judged = self._on_fixed_data(response, here, lags) if self.exact else self._on_minibatches(response, here)
+        self.calls += 1
+        return judged
+
+    def _on_fixed_data(self, response: Response, here: Here, lags: bool) -> Certificate:
+        """Correct once in a while, and scale the estimate by the residuals in between."""
+        first = self.error is None or self.calls % EVERY == 0 or lags
+        self.unit = inner_scale(response, here.system, here.lower, here.upper) if first else self.unit
+        inner = ratio(float(norm(here.system.residual)), self.unit)
+        adjoint = ratio(float(norm(here.last.adjoint)), here.last.rhs)
+        measured = first or inner + adjoint > CHANGED * self.residuals
+        if measured:
+            self.lowest, self.highest = extreme_eigenvalues(here.system.operator)
+            self.error, self.residuals = self._corrected(response, here), inner + adjoint
+        error = self.error
+        if error is not None and self.residuals > 0.0:
+            error *= max(1.0, (inner + adjoint) / self.residuals)
+        wrong = self._wrong(here, float(dot(here.adjoint, here.last.product)))
+        hint = (
+            f"the inner residual is {inner:.1e} and the adjoint residual is {adjoint:.1e}: take more `steps` a call "
+            "(or a longer `warmup` of the first), or a smaller outer learning rate, so that w and v keep up"
+        )
+        verdict, reasons = judge(error, wrong, by_design=True, hint=hint)
+        if verdict == "exact" and not measured:
+            verdict = "approximate"  # an estimate that was scaled is none to swear by
+        return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons))
+
+    def _corrected(self, response: Response, here: Here) -> float | None:
+        upper, unit = here.upper, self.unit
+        at = equation(here.outer, here.system, unit)
+        solve = loosely(here.system.operator, math.inf, SPENT)
+        found = correct(
+            here.lower,
+            upper,
+            here.gradient,
+            here.adjoint,
+            at,
+            lambda w: equation(outer_gradient(response, w, upper), Linearization(response, w, upper), unit),
+            response,
+            solve,
+        )
+        return None if found is None else found.error
+
+    def _on_minibatches(self, response: Response, here: Here) -> Certificate:
+        """Bound the lag by the mean directions over the smallest curvature, and add the noise."""
+        lag, off = self.adjoint.value or zeros_like(here.lower), self.inner.size(self.held)
+        size = max(float(norm(self.outer.value or here.gradient)), response.gradient_floor)
+        inner, adjoint = (
+            ratio(mean.size(independent), math.sqrt(mean.square))
+            for mean, independent in ((self.inner, self.held), (self.adjoint, self.forgets))
+        )
+        low, noise = self.lowest or 0.0, None if self.noise is None else ratio(self.noise, size)
+        wrong, error = self._wrong(here, self.bend or 0.0), None
+        if noise is None:
+            wrong.append(
+                f"the noise of minibatches is known after {FEWEST} calls, and this one is no. {self.calls + 1}"
+            )
+        elif low <= FLAT * (self.highest or 0.0) or low <= 0.0:
+            wrong.append(_NO_CURVATURE)
+        else:
+            reach = float(norm(present(here.system.pull_back(lag))))
+            reach *= ratio(self.adjoint.size(self.forgets), float(norm(lag)))
+            bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
+            error = math.hypot(bias, noise)
+        hint = (
+            f'the noise of minibatches is {noise or 0.0:.1e} (larger batches, `momentum`, or method="saba"; near the '
+            "optimum of the outer loss noise is all that is left) and the rest is the lag of w and v (more `steps` a "
+            "call, a longer `warmup`, a smaller outer learning rate)"
+        )
+        verdict, reasons = judge(error, wrong, by_design=True, hint=hint)
+        verdict = "approximate" if verdict == "exact" else verdict  # a bound by means of draws proves no digits
+        return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons), standard_error=noise)
+
+    def _wrong(self, here: Here, bend: float) -> list[str]:
+        steep = max(self.highest or 0.0, abs(self.lowest or 0.0))
+        negative = bend < 0.0 or (self.lowest is not None and self.lowest < -FLAT * steep)
+        return [_GROWS] if here.grew else [EXPLANATIONS["nonpositive curvature"]] if negative else []
+
+
+_GROWS = (
+    "the adjoint grows along negative curvature of the inner loss: train the inner problem further, regularize it, or "
+    'use method="minres", which needs no positive curvature'
+)
+_NO_CURVATURE = (
+    "the inner loss has directions without curvature on these batches, so nothing bounds how far w and v are off: add "
+    "a little regularization, or give larger batches"
+)
