@@ -22,6 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,9 @@ def judge_run(case: Case, run: Run, seed: int) -> Verdict:
     return verdict("right" if error <= WRONG_ABOVE[certificate.verdict] else "silently wrong", True, detail)
 
 
-def verdicts(problems: int, seed: int, part: tuple[int, int] = (1, 1), only: str = "") -> Iterator[Verdict]:
+def verdicts(
+    problems: int, seed: int, part: tuple[int, int] = (1, 1), only: str = "", methods: Sequence[str] = ()
+) -> Iterator[Verdict]:
     """Yield the outcome of every method on random problems.
 
     Args:
@@ -84,12 +87,14 @@ def verdicts(problems: int, seed: int, part: tuple[int, int] = (1, 1), only: str
         seed: another one draws other problems.
         part: `(k, n)` takes every n-th problem, from the k-th on.
         only: a part of the names of the cases to run; empty: all.
+        methods: the methods to ask; empty: all.
     """
     first = seed * 1_000_003
     for i in range(first + part[0] - 1, first + problems, part[1]):
         case = draw_case(i)
         for run in case.runs if only in case.name else ():
-            yield judge_run(case, run, i)
+            if not methods or run.method in methods:
+                yield judge_run(case, run, i)
 
 
 def summary(found: Sequence[Verdict], seconds: float) -> str:
@@ -106,13 +111,22 @@ def save(path: Path, found: Sequence[Verdict], seconds: float) -> None:
 
 
 def load(paths: Sequence[Path]) -> tuple[list[Verdict], float]:
-    """Return the verdicts of saved parts, in the order of their seeds, and the time they took together."""
-    found, seconds = [], 0.0
+    """Return the verdicts of saved parts, in the order of their seeds, and the time they took together.
+
+    Where two files hold the same problem under the same method, the later one counts.
+    """
+    found: dict[tuple[int, str], list[Verdict]] = {}
+    seconds = 0.0
     for path in paths:
         head, *rest = path.read_text(encoding="utf-8").splitlines()
         seconds += json.loads(head)["seconds"]
-        found += [Verdict(**json.loads(line)) for line in rest]
-    return sorted(found, key=lambda v: v.seed), seconds
+        for (seed, method), same in groupby((Verdict(**json.loads(line)) for line in rest), _problem_and_method):
+            found[seed, method] = list(same)
+    return sorted(chain.from_iterable(found.values()), key=lambda v: v.seed), seconds
+
+
+def _problem_and_method(verdict: Verdict) -> tuple[int, str]:
+    return verdict.seed, verdict.method
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -156,6 +170,7 @@ def _options() -> argparse.Namespace:
         "--part", type=_part, default=(1, 1), metavar="K/N", help="every N-th problem, from the K-th on"
     )
     parser.add_argument("--only", default="", help="only cases with this in their names")
+    parser.add_argument("--methods", nargs="*", default=(), help="only these methods")
     parser.add_argument("--save", type=Path, help="write the verdicts to this file")
     parser.add_argument("--sum", type=Path, nargs="+", help="run nothing; the tables of saved files together")
     parser.add_argument(
@@ -176,7 +191,7 @@ def main() -> None:
     if options.sum:
         found, seconds = load(options.sum)
     else:
-        found = list(verdicts(options.problems, options.seed, options.part, options.only))
+        found = list(verdicts(options.problems, options.seed, options.part, options.only, options.methods))
         seconds = time.perf_counter() - begin
     if options.save:
         save(options.save, found, seconds)
