@@ -119,15 +119,12 @@ class Response(RootCondition, Protocol):
 
     def redraw(self) -> None:
         """Draw the next batches and new random numbers: another sample of the same problem."""
-        ...
 
     def blocks(self, size: int | None) -> tuple[Blocks, Blocks]:
         """Cut the inner and the outer data into blocks of `size` examples; None: as the loader has them, or all."""
-        ...
 
     def see(self, inner: Any, outer: Any) -> None:
         """Take these batches from here on."""
-        ...
 
     def unroll_steps(self) -> int:
         """Return the number of inner steps; raise if the inner solver cannot be differentiated."""
