@@ -366,3 +366,14 @@ def test_a_decay_in_the_gradient_is_seen_by_the_fixed_point_of_the_step_alone(de
     found = bilevel.hypergradient(problem(0.0 if callable(decay) else 1.0), "fixed-point").gradient
     # w = 1 / (1 + h): d/dh w^2 / 2 = -(1 + h)^-3
     assert found.item() == pytest.approx(-(1.5**-3) if callable(decay) else 1.0, abs=1e-7)
+
+
+def test_lbfgs_on_a_loss_without_a_minimum_says_so() -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: -(w**4).sum() + h * (w**2).sum(),
+        lambda w, h: (w**2).sum(),
+        torch.ones(2, dtype=torch.float64),
+        bilevel.positive(0.1),
+    )
+    with pytest.raises(bilevel.NonFiniteError, match="the inner loss has no minimum"):
+        bilevel.hypergradient(problem)

@@ -29,6 +29,7 @@ from bilevel.vector import Vector, detach, flatten, norm, subtract, unflatten
 
 # The line search has done what it can when a step lowers the value by less than this part: ten units in the last place.
 VALUE_RTOL = 2e-15
+BEYOND = 1e100  # variables or gradients this large go to infinity; their squares would overflow
 NEWTON_STEPS = 8
 NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient about this much
 NEWTON_PRODUCTS = 500  # most products of one Newton step
@@ -105,6 +106,12 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
         value, flat = float(loss.detach()), flatten(gradient).double().cpu().numpy()
         if not math.isfinite(value):
             raise NonFiniteError(f"the inner loss became {value} during L-BFGS; {NAN_ADVICE}", "inner loss")
+        if max(float(np.abs(x).max()), float(np.abs(flat).max())) > BEYOND:
+            raise NonFiniteError(
+                f"the inner loss has no minimum: L-BFGS went to {value:.0e} and on; add a regularization that grows "
+                "with the variables",
+                "inner loss",
+            )
         trail.evaluated(x, flat)
         return value, flat * unit
 
@@ -144,7 +151,7 @@ class _Trail:
             return None
         (x, gradient), (before, gradient_before) = self._latest, self._at
         s, y = (x - before) * self._unit, gradient - gradient_before
-        if float(s @ y) > np.finfo(float).eps * float(y @ y * (s @ s)) ** 0.5:
+        if float(s @ y) > np.finfo(float).eps * float(np.linalg.norm(s) * np.linalg.norm(y)):
             self._pairs.append((s, y))
         self._at = self._latest
         return float(np.linalg.norm(gradient))
