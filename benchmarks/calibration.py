@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.problems import POINTS, Dice, Drawn, Flat, draw, inner_point
 from bilevel import CG, GMRES, MINRES, Cholesky, FixedPoint, Implicit, Neumann, Truncated, hypergradient, inner
 from bilevel.errors import BilevelError
-from bilevel.solvers import Estimator
+from bilevel.solvers import Estimator, estimator
 from bilevel.solvers.about import about
 from bilevel.testing import relative_error
 
@@ -81,6 +81,11 @@ METHODS: dict[str, Callable[[Dice], Estimator]] = {
     "neumann": lambda dice: Implicit(Neumann(max_steps=int(dice.log(3, 1000)), rtol=dice.log(1e-10, 0.1))),
     "fixed-point": lambda dice: FixedPoint(max_steps=int(dice.log(3, 1000)), rtol=dice.log(1e-10, 0.1)),
     "truncated": lambda dice: Truncated(steps=int(dice.log(2, 100))),
+    "nystrom": lambda dice: estimator("nystrom"),
+    "shine": lambda dice: estimator("shine"),
+    "finite-difference": lambda dice: estimator("finite-difference"),
+    "one-step": lambda dice: estimator("one-step"),
+    "penalty": lambda dice: estimator("penalty"),
 }
 
 
@@ -220,7 +225,7 @@ def plot(found: Sequence[Trial], file: str) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 5.6), dpi=110)
     low, high = 1e-15, 1e3
-    for method, mark in zip(METHODS, "os^v*xD+", strict=True):
+    for method, mark in zip(METHODS, "os^v*xD+1234P", strict=True):
         mine = [t for t in found if t.method == method and t.estimate is not None][:400]
         x = [min(max(t.true, low), high) for t in mine]
         y = [min(max(t.estimate or 0.0, low), high) for t in mine]
