@@ -68,6 +68,7 @@ class ProblemResponse:
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
+        self.sensitivity: Callable[[Vector, Vector], Vector] | None = None
         self._set_up = self._first_order = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
@@ -237,6 +238,7 @@ class ProblemResponse:
         self.piece = None
         solution = self._solver.solve(self, lower, upper)
         self.second_moment, self.pairs = solution.second_moment, solution.pairs
+        self.sensitivity = solution.sensitivity
         return solution
 
     def draw(self) -> Any:

@@ -30,6 +30,7 @@ from bilevel.solvers.linear import (
 from bilevel.solvers.one_step import OneStep
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.saba import SABA
+from bilevel.solvers.sama import SAMA
 from bilevel.solvers.soba import SOBA
 from bilevel.solvers.stocbio import StocBiO
 from bilevel.solvers.truncated import Truncated, Unroll
@@ -48,6 +49,7 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "fixed-point": FixedPoint,
     "finite-difference": FiniteDifference,
     "one-step": OneStep,
+    "sama": SAMA,
     "penalty": Penalty,
     "unroll": Unroll,
     "truncated": lambda: Truncated(steps=20),
@@ -104,6 +106,7 @@ __all__ = [
     "CG",
     "GMRES",
     "METHODS",
+    "SAMA",
     "About",
     "AmIGO",
     "Averaged",

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor
 from bilevel.certificate import Cost, Hypergradient
 from bilevel.data import Blocks
 from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
+from bilevel.hyperparameters import Hyperparameters
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm, zeros_like
 
@@ -47,18 +48,6 @@ class RootCondition(Protocol):
         ...
 
 
-class Ranges(Protocol):
-    """Where hyperparameters may go."""
-
-    def moved(self, natural: Vector, step: Vector) -> Vector:
-        """Return natural values a step away: 0.01 is 1 % of a positive number."""
-        ...
-
-    def unchained(self, natural: Vector, by_step: Vector) -> Vector:
-        """Return the gradient over natural values that belongs to one over steps."""
-        ...
-
-
 class Response(RootCondition, Protocol):
     """How the inner variables answer the outer ones, for one hypergradient.
 
@@ -74,10 +63,12 @@ class Response(RootCondition, Protocol):
     gradient_floor: float
     """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
 
-    @property
-    def ranges(self) -> Ranges:
-        """Return what keeps moved hyperparameters inside of their ranges."""
-        ...
+    sensitivity: Callable[[Vector, Vector], Vector] | None
+    """(w, gradient) -> how far the inner optimizer's next step moves with each entry of the gradient, in the state that
+    training ended with; None without an inner optimizer, and where it did not run."""
+
+    ranges: Hyperparameters
+    """What keeps hyperparameters that are moved inside of their ranges."""
 
     def loss(self, lower: Vector, upper: Vector) -> Tensor:
         """Return f, differentiable."""

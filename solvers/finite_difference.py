@@ -60,10 +60,8 @@ class FiniteDifference:
             raise InvalidTypeError(
                 f"`linear_solver` is {given!r}, expected an object with a solve method, such as bilevel.CG(rtol=1e-6)"
             )
-        for name in ("step_size", "step"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0.0):
-                raise InvalidValueError(f"`{name}` is {value!r}, expected a number above 0, or None")
+        check_step("step_size", self.step_size)
+        check_step("step", self.step)
         if given is not None and self.step_size is not None:
             raise InvalidValueError(
                 "`step_size` scales the identity, and `linear_solver` takes its place; leave one out"
@@ -95,3 +93,9 @@ class FiniteDifference:
 
 
 _ADVICE = "the inverse Hessian is taken for the identity; write bilevel.FiniteDifference(bilevel.CG(rtol=1e-6)))"
+
+
+def check_step(name: str, value: float | None) -> None:
+    """Raise unless it is a number above 0, or None."""
+    if value is not None and not (isinstance(value, (int, float)) and value > 0.0):
+        raise InvalidValueError(f"`{name}` is {value!r}, expected a number above 0, or None")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -25,6 +26,7 @@ class InnerSolution:
         status: "converged", "steps" (a fixed number was asked for and taken), "max_steps" or "stalled".
         second_moment: mean square of the gradients met, where the solver keeps one (Adam, RMSProp); else None.
         pairs: what L-BFGS saw of the Hessian; None for others, and where it took no step.
+        sensitivity: see `bilevel.solvers.Response`; None for solvers without steps of an optimizer.
     """
 
     value: Vector
@@ -32,6 +34,7 @@ class InnerSolution:
     status: str
     second_moment: Vector | None = None
     pairs: Pairs | None = None
+    sensitivity: Callable[[Vector, Vector], Vector] | None = None
 
 
 class Task(Response, Protocol):

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.inner.base import Decay, InnerSolution, Task
-from bilevel.vector import Vector, detach, is_finite
+from bilevel.vector import Vector, detach, is_finite, leaves
 
 Setting = float | Tensor | Callable[..., Any]
 """A number, a function of hparams, or a function of hparams and the step. The function returns a number, a 0-d tensor,
@@ -77,7 +78,16 @@ class Stepwise:
                 "learning rate",
                 "inner variables",
             )
-        return InnerSolution(detach(w), steps, "steps", self.second_moment(state))
+        answer = partial(self.sensitivity, task, h, state, steps - 1)
+        return InnerSolution(detach(w), steps, "steps", self.second_moment(state), sensitivity=answer)
+
+    def sensitivity(self, task: Task, upper: Vector, state: Any, t: int, lower: Vector, gradient: Vector) -> Vector:
+        """Return minus the derivative of an update with respect to its gradient, which it takes entry by entry."""
+        g = leaves(gradient)
+        with torch.enable_grad(), task.hparams(upper) as hparams:
+            after, _ = self.update(detach(lower), g, state, t, self.settings(hparams, t))
+            total = torch.stack([x.sum() for x in after.values()]).sum()
+        return {n: -x for n, x in zip(g, torch.autograd.grad(total, list(g.values())), strict=True)}
 
     def second_moment(self, state: Any) -> Vector | None:
         """Return the mean square of the gradients that the state holds; None for an optimizer that keeps none."""
