@@ -37,7 +37,9 @@ CHANGED = 3.0  # or where the residuals have grown by this factor
 SPENT = 200  # products that a correction is measured by: its two solves may take half of them each
 HORIZON = 100.0  # steps over which directions are averaged
 CALLS = 20.0  # calls over which the spread of D_λ is taken
+DEVIATIONS = 2.0  # standard errors that count as the error: one is exceeded in a third of the cases
 FEWEST = 5  # calls before that spread is known
+STUCK = 1e-6  # an adjoint residual that must have a way to vanish
 FLAT = 1e-8  # curvature over the largest one that counts as none
 
 
@@ -105,6 +107,7 @@ class Tracking:
         lowest, highest: curvatures measured; None: not yet.
         unit: scale of the inner gradient.
         error, residuals: the last correction, and the residuals there.
+        flat: what was left of the adjoint equation there met no curvature.
     """
 
     exact: bool
@@ -121,6 +124,7 @@ class Tracking:
     unit: float = 0.0
     error: float | None = None
     residuals: float = 0.0
+    flat: bool = False
 
     @classmethod
     def resumed(cls, exact: bool, held: bool, forgets: bool, state: dict[str, Any] | None) -> Tracking:
@@ -179,18 +183,26 @@ class Tracking:
         if measured:
             self.lowest, self.highest = extreme_eigenvalues(here.system.operator)
             self.error, self.residuals = self._corrected(response, here), inner + adjoint
+            self.flat = adjoint > STUCK and self._is_flat(here)
         error = self.error
         if error is not None and self.residuals > 0.0:
             error *= max(1.0, (inner + adjoint) / self.residuals)
         wrong = self._wrong(here, float(dot(here.adjoint, here.last.product)))
+        if self.flat:
+            wrong.append(EXPLANATIONS["singular"])
         hint = (
             f"the inner residual is {inner:.1e} and the adjoint residual is {adjoint:.1e}: take more `steps` a call "
             "(or a longer `warmup` of the first), or a smaller outer learning rate, so that w and v keep up"
         )
-        verdict, reasons = judge(error, wrong, by_design=True, hint=hint)
+        verdict, reasons = judge(error, wrong, by_design=error is not None, hint=hint)
         if verdict == "exact" and not measured:
             verdict = "approximate"  # an estimate that was scaled is none to swear by
         return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons))
+
+    def _is_flat(self, here: Here) -> bool:
+        """Say whether what is left of the adjoint equation lies where there is no curvature, so that it stays."""
+        left = here.last.adjoint
+        return float(dot(left, here.system.operator(left))) <= FLAT * (self.highest or 0.0) * float(dot(left, left))
 
     def _corrected(self, response: Response, here: Here) -> float | None:
         upper, unit = here.upper, self.unit
@@ -228,7 +240,7 @@ class Tracking:
             reach = float(norm(present(here.system.pull_back(lag))))
             reach *= ratio(self.adjoint.size(self.forgets), float(norm(lag)))
             bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
-            error = math.hypot(bias, noise)
+            error = bias + DEVIATIONS * noise
         hint = (
             f'the noise of minibatches is {noise or 0.0:.1e} (larger batches, `momentum`, or method="saba"; near the '
             "optimum of the outer loss noise is all that is left) and the rest is the lag of w and v (more `steps` a "

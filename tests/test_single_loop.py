@@ -267,6 +267,21 @@ def test_a_saddle_is_untrusted(name: str, given: bool) -> None:
     assert at.certificate.verdict == "untrusted" and at.certificate.reasons
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_singular_inner_problem_without_an_adjoint_is_untrusted(name: str) -> None:
+    """The outer loss pulls along an axis that the inner loss leaves free: the adjoint equation has no solution."""
+    bend = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+    of = BilevelProblem(
+        lambda w, h: (bend * (w - h) ** 2).sum() / 2,
+        lambda w, h: ((w - 3.0) ** 2).sum(),
+        torch.zeros(3, dtype=torch.float64),
+        bilevel.real(1.0),
+    )
+    at = found(of, name)
+    assert at.certificate.verdict == "untrusted"
+    assert any("singular" in reason for reason in at.certificate.reasons)
+
+
 def test_a_run_that_lags_behind_says_so_at_its_end() -> None:
     """One step of w per step of Adam by 0.5: the estimate follows the error within a factor of ten."""
     with pytest.warns(bilevel.UntrustedHypergradientWarning, match="smaller outer learning rate"):
