@@ -21,7 +21,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import METHODS, BilevelProblem, inner
-from bilevel.solvers import about, estimator
+from bilevel.solvers import Estimator, about, estimator
 
 ANNOTATORS, IMAGES, VALIDATION = 20, 20, 200
 STRENGTH = 1e-3  # of the L2 penalty, small: data and weights shall decide
@@ -90,13 +90,13 @@ class Outcome:
     verdicts: str
 
 
-def run(method: str, digits: Digits, steps: int) -> Outcome:
-    """Tune the annotators' weights by one method."""
+def run(method: str, digits: Digits, steps: int, settings: Estimator | None = None) -> Outcome:
+    """Tune the annotators' weights by one method, with its default settings or others."""
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bilevel.UntrustedHypergradientWarning)  # they are in the table
         solution = bilevel.solve(
-            problem_for(method, digits), method, steps=steps, seed=0, progress=False, outer_optimizer=adam
+            problem_for(method, digits), settings or method, steps=steps, seed=0, progress=False, outer_optimizer=adam
         )
     seconds = time.perf_counter() - begin
     return outcome(method, solution.params, solution.hparams, digits, seconds, [r.verdict for r in solution.history])

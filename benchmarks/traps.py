@@ -23,7 +23,7 @@ from bilevel.solvers import Estimator, estimator
 from bilevel.solvers.about import about
 
 ABOUT = {name: about(estimator(name)) for name in METHODS}
-IMPLICIT = tuple(name for name, a in ABOUT.items() if a.begins == "solution" and a.derivatives == 2)
+IMPLICIT = tuple(name for name, a in ABOUT.items() if a.begins == "solution" and a.derivatives == 2 and name != "auto")
 FIRST_ORDER = tuple(name for name, a in ABOUT.items() if a.begins == "solution" and a.derivatives < 2)
 UNROLLED = tuple(name for name, a in ABOUT.items() if a.unrolls)
 NO_TRUTH = None  # no hypergradient exists or the method cannot see it: any trusted answer is wrong

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bilevel.certificate import Hypergradient
+from bilevel.choosing import settled
 from bilevel.errors import BilevelError, UnseenHyperparameterError
 from bilevel.evaluation import Evaluator, own_randomness
 from bilevel.inner import LBFGS, InnerSolver
@@ -61,9 +62,10 @@ class Bench:
 
     def run(self, method: Estimator, lower: Vector | None = None) -> Hypergradient:
         """Take one hypergradient; at the shared inner solution unless the method runs its own loop."""
-        given = None if about(method).begins == "start" else (self.lower if lower is None else lower)
+        chosen, notes = settled(self.problem, method)
+        given = None if about(chosen).begins == "start" else (self.lower if lower is None else lower)
         with self.same_conditions():
-            return Evaluator(self.problem, method)(self.upper, given).hypergradient
+            return Evaluator(self.problem, chosen, notes=notes)(self.upper, given).hypergradient
 
 
 def truth(bench: Bench) -> tuple[Vector, str]:

@@ -56,6 +56,7 @@ class Evaluator:
         state: what the estimator kept.
         gradient_floor: norm below which a hypergradient counts as zero, natural units.
         inner_solver: in place of the problem's; None: the problem's.
+        notes: what every certificate shall say, for example which method `auto` chose.
     """
 
     problem: BilevelProblem
@@ -64,6 +65,7 @@ class Evaluator:
     state: State = None
     gradient_floor: float = 0.0
     inner_solver: InnerSolver | None = None
+    notes: tuple[str, ...] = ()
 
     def __call__(self, upper: Vector, given: Vector | None = None) -> Evaluation:
         """Return the hypergradient at natural hyperparameters `upper`.
@@ -80,6 +82,9 @@ class Evaluator:
             if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
                 found = doubt_kinks(response, found, upper, status)
         self.lower = found.params
+        if self.notes:
+            certificate = replace(found.certificate, notes=(*self.notes, *found.certificate.notes))
+            found = replace(found, certificate=certificate)
         return Evaluation(found, response.inner_loss, steps, status)
 
     def _doubt_buffers(self, response: ProblemResponse, found: Hypergradient, upper: Vector) -> Hypergradient:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bilevel.choosing import settled
 from bilevel.errors import InvalidValueError
 from bilevel.evaluation import Evaluator, check_problem, own_randomness
 from bilevel.inner import LBFGS, Proximal
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
-from bilevel.solvers import Estimator, estimator
+from bilevel.solvers import Estimator
 from bilevel.solvers.about import about
 from bilevel.vector import Vector, axpy, detach, dot, norm, scale, size
 
@@ -87,7 +88,7 @@ def check_gradient(
     directions = min(directions, size(problem.hparams.layout.start)) if directions >= 1 else directions
     if directions < 1:
         raise InvalidValueError(f"`directions` is {directions}, expected at least 1")
-    method = estimator(method)
+    method, _ = settled(problem, method)
     hparams = problem.hparams
     free = hparams.free(hparams.layout.start)
     position = problem.position()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from bilevel.certificate import Hypergradient
 from bilevel.checkpoint import Checkpoint, Keeper
+from bilevel.choosing import settled
 from bilevel.descent import descend, descend_lbfgs
 from bilevel.errors import (
     InvalidTypeError,
@@ -32,7 +33,7 @@ from bilevel.evaluation import (
 from bilevel.problem import BilevelProblem
 from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
-from bilevel.solvers import Estimator, about, estimator
+from bilevel.solvers import Estimator, about
 
 OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
 
@@ -68,7 +69,8 @@ def hypergradient(
     """
     check_problem(problem)
     check_on_untrusted(on_untrusted)
-    evaluator = Evaluator(problem, estimator(method))
+    chosen, notes = settled(problem, method)
+    evaluator = Evaluator(problem, chosen, notes=notes)
     layout = problem.hparams.layout
     upper = layout.start if hparams is None else problem.hparams.read(hparams, "`hparams`")
     given = None if params is None else problem.params.read(params, "`params`")
@@ -119,7 +121,7 @@ def solve(
     check_problem(problem)
     check_on_untrusted(on_untrusted)
     _check_run(steps, tol, callbacks)
-    chosen = estimator(method)
+    chosen, notes = settled(problem, method)
     optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = next(iter(problem.hparams.layout.start.values())).dtype
@@ -129,7 +131,9 @@ def solve(
     problem.restart()
     with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
         report = [*callbacks, lambda record: _show(bar, record)]
-        run = Run(Evaluator(problem, chosen), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report)
+        run = Run(
+            Evaluator(problem, chosen, notes=notes), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report
+        )
         status = _walk(run, Keeper(place, _label(optimizer)), optimizer)
     solution = run.solution(status)
     if about(chosen).begins != "last" or not solution.certificate.trusted:  # their first ones are a transient

@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Terms, about
 from bilevel.solvers.amigo import AmIGO
+from bilevel.solvers.auto import Auto
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
 from bilevel.solvers.finite_difference import FiniteDifference
@@ -38,6 +39,7 @@ from bilevel.solvers.zero_order import ZeroOrder
 
 # The table of names; it is also the table of the tests.
 METHODS: Mapping[str, Callable[[], Estimator]] = {
+    "auto": Auto,
     "implicit": Implicit,
     "cg": lambda: Implicit(CG()),
     "minres": lambda: Implicit(MINRES()),
@@ -108,6 +110,7 @@ __all__ = [
     "METHODS",
     "SAMA",
     "About",
+    "Auto",
     "AmIGO",
     "Averaged",
     "MINRES",

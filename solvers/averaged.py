@@ -36,10 +36,10 @@ class Averaged:
         check_count(self.batches, "batches")
         if self.batches < 2:
             raise InvalidValueError("`batches` is 1, and a standard error needs at least 2 draws")
-        if about(self.estimator).begins != "solution":
+        if about(self.estimator).begins != "solution" or about(self.estimator).sees == "loop":
             raise InvalidValueError(
-                f"`estimator` is {self.estimator!r}, which draws the batches of its own inner loop; average "
-                "an implicit one"
+                f"`estimator` is {self.estimator!r}, which is no method at a given inner solution (it runs "
+                "the inner loop itself, or may choose to); average an implicit one"
             )
 
     @property

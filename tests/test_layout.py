@@ -43,6 +43,7 @@ FLOORS = {
     "bilevel.response": 3,
     "bilevel.kinks": 3,
     "bilevel.evaluation": 4,
+    "bilevel.choosing": 4,
     "bilevel.walk": 4,
     "bilevel.solution": 4,
     "bilevel.plotting": 4,

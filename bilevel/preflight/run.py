@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from bilevel.choosing import settled
 from bilevel.errors import BilevelError, InvalidValueError
 from bilevel.evaluation import check_problem, own_randomness
 from bilevel.kinks import without_kinks
@@ -25,6 +26,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
 from bilevel.solvers import CG, MINRES, Cholesky, Estimator, Neumann, estimator
 from bilevel.solvers.about import about
+from bilevel.solvers.auto import Auto
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
 from bilevel.vector import size
 
@@ -55,13 +57,18 @@ def check(problem: BilevelProblem, method: str | Estimator = "implicit") -> Repo
     """
     check_problem(problem)
     try:
-        dry = DryRun(problem, estimator(method))
+        named = estimator(method)
     except BilevelError as error:
         message, _, remedy = str(error).partition("; ")
         if not remedy:
             message, _, names = message.partition(", expected ")
             remedy = f"expected {names}"
         return Report(_words(problem), _words(method), (Finding("error", "method", message, remedy),))
+    dry = DryRun(problem, Implicit() if isinstance(named, Auto) else named)
+    if isinstance(named, Auto):
+        with dry.tried("method"):
+            dry.method, notes = settled(problem, named)
+            dry.add("note", "method", *notes)
     check_settings(dry)
     with own_randomness(problem, seed=0), _left_alone(problem):
         with dry.tried("problem"):
