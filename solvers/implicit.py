@@ -31,7 +31,7 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
-from bilevel.solvers.correction import Correction, Equation, correct, factored, loosely
+from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
@@ -41,8 +41,6 @@ from bilevel.vector import Vector, cast, dot, norm, subtract
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
 DENSE_UP_TO = 64
-# A method that approximates by design does so in the adjoint; an inner solution further off than this is no design.
-INNER_TOLERANCE = 0.1
 
 _PICKED = Terms(
     f"as `direct` up to {DENSE_UP_TO} inner variables, as `cg` above", "the same", "the same", "Pedregosa 2016"

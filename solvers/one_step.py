@@ -17,12 +17,9 @@ from typing import ClassVar
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.solvers.about import About, Terms
 from bilevel.solvers.base import Linearization, Response, State, add_terms, inner_scale, outer_gradient, ratio
-from bilevel.solvers.correction import Correction
+from bilevel.solvers.correction import INNER_TOLERANCE, Correction
 from bilevel.solvers.inner_map import UNSEEN, correction_of, step_map, without_step_sizes
 from bilevel.vector import Vector, norm
-
-# A method that approximates by design does so in the adjoint; an inner solution further off than this is no design.
-INNER_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
