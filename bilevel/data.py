@@ -94,11 +94,11 @@ class Batches:
         self._drawn += 1
         return self._to_device(batch, strict=False)
 
-    def _begin(self) -> Iterator[Any]:
-        """Start a pass over the stream, and keep the random states that decide its order."""
+    def _begin(self, skipped: int = 0) -> Iterator[Any]:
+        """Start a pass over the stream behind so many batches, and keep the random states that decide its order."""
         assert self._stream is not None
         self._random = {"global": torch.get_rng_state(), "own": self._own_random()}
-        self._drawn, self._iterator = 0, iter(self._stream)
+        self._drawn, self._iterator = 0, _pass(self._stream, skipped)
         return self._iterator
 
     def _own_random(self) -> Tensor | None:
@@ -124,19 +124,21 @@ class Batches:
         if self._stream is None or position["random"] is None:
             self._set_own_random(position.get("own"))
             return
-        if iter(self._stream) is self._stream:
+        self.check_repeats()
+        now = torch.get_rng_state()
+        torch.set_rng_state(position["random"]["global"])
+        self._set_own_random(position["random"]["own"])
+        self._iterator = self._begin(position["drawn"])
+        self._drawn = position["drawn"]
+        torch.set_rng_state(now)
+
+    def check_repeats(self) -> None:
+        """Raise for a stream that cannot give a batch again."""
+        if isinstance(self._stream, Iterator):
             raise InvalidValueError(
                 f"`{self._role}` is an iterator that cannot go back; give a DataLoader or another iterable that starts "
                 "again"
             )
-        now = torch.get_rng_state()
-        torch.set_rng_state(position["random"]["global"])
-        self._set_own_random(position["random"]["own"])
-        iterator = self._begin()
-        for _ in range(position["drawn"]):
-            next(iterator)
-        self._drawn = position["drawn"]
-        torch.set_rng_state(now)
 
     def blocks(self, size: int | None) -> Blocks:
         """Cut the data into blocks that keep their examples.
@@ -219,6 +221,37 @@ class Batches:
 
 
 _END = object()
+
+
+class _Numbers(Dataset[int]):
+    """A dataset whose samples are their own numbers."""
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+def _pass(stream: Iterable[Any], skipped: int) -> Iterator[Any]:
+    """Return a pass over a stream behind so many batches; a plain DataLoader does not read the samples of those."""
+    own = type(stream) is DataLoader and stream.batch_sampler is not None and stream.num_workers == 0
+    if own and isinstance(stream.dataset, IterableDataset):  # type: ignore[attr-defined]
+        own = False
+    if not skipped or not own:
+        batches = iter(stream)
+        for _ in range(skipped):
+            next(batches)
+        return batches
+    loader: Any = stream
+    # A loader over numbers in place of samples draws the random numbers that decide the order, and no others.
+    numbers = iter(
+        DataLoader(_Numbers(), batch_sampler=loader.batch_sampler, collate_fn=list, generator=loader.generator)
+    )
+    for _ in range(skipped):
+        next(numbers)
+    return (loader.collate_fn(_samples(loader.dataset, members)) for members in numbers)
+
+
+def _samples(dataset: Any, members: list[int]) -> Any:
+    return dataset.__getitems__(members) if hasattr(dataset, "__getitems__") else [dataset[i] for i in members]
 
 
 def _refuse_list_of_batches(data: Any, role: str) -> None:

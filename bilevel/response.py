@@ -21,12 +21,13 @@ from bilevel.operators import Pairs
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import get_random, replayed
+from bilevel.stepping import Stepping
 from bilevel.twice import explained, twice_differentiable
 from bilevel.vector import Vector, cast, detach, leaves, norm
 from bilevel.widening import CannotWidenError, InFloat64, widened
 
 
-class ProblemResponse:
+class ProblemResponse(Stepping):
     """One problem for one hypergradient: its losses with the batches drawn once, and its costs.
 
     Implements `bilevel.solvers.Response` for estimators and `bilevel.inner.Task` for inner solvers.
@@ -202,34 +203,6 @@ class ProblemResponse:
     def label(self, name: str) -> str:
         """See `Response.label`."""
         return self._hparams.label(name)
-
-    @property
-    def has_step(self) -> bool:
-        """See `Response.has_step`."""
-        return hasattr(self._solver, "step")
-
-    def _stepper(self) -> Any:
-        solver: Any = self._solver
-        steps = "ProximalGradient(penalty, lr=..., steps=...)" if self.penalties else "SGD(lr=..., steps=...)"
-        if not self.has_step:
-            raise InvalidValueError(
-                f"unrolling differentiates through the steps of the inner solver, and {type(solver).__name__} has none "
-                f'that can be; write inner_solver=bilevel.inner.{steps}, or choose method="implicit"'
-            )
-        return solver
-
-    def unroll_steps(self) -> int:
-        """See `Response.unroll_steps`."""
-        return int(self._stepper().unroll_steps(self))
-
-    def initial_state(self, lower: Vector) -> Any:
-        """See `Response.initial_state`."""
-        return self._stepper().initial_state(lower)
-
-    def step(self, lower: Vector, state: Any, upper: Vector, t: int) -> tuple[Vector, Any]:
-        """See `Response.step`."""
-        after: tuple[Vector, Any] = self._stepper().step(self, lower, state, upper, t)
-        return after
 
     # For inner solvers
 

@@ -34,7 +34,8 @@ from bilevel.solvers.saba import SABA
 from bilevel.solvers.sama import SAMA
 from bilevel.solvers.soba import SOBA
 from bilevel.solvers.stocbio import StocBiO
-from bilevel.solvers.truncated import Truncated, Unroll
+from bilevel.solvers.truncated import Truncated
+from bilevel.solvers.unroll import Unroll
 from bilevel.solvers.zero_order import ZeroOrder
 
 # The table of names; it is also the table of the tests.

@@ -62,18 +62,39 @@ class About:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the inner loop takes, in bytes, as measured on a few of its steps.
+
+    Attributes:
+        graph: the graph of one step, without what all steps share.
+        state: what a step starts from: inner variables, the optimizer's state, random numbers, buffers.
+        fixed: what a sweep takes whatever it holds: adjoints, gradients, what a derivative needs while it is taken.
+        free: what may be taken where nothing else is asked for; None: as much as it takes.
+    """
+
+    graph: int
+    state: int
+    fixed: int = 0
+    free: int | None = None
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """What differentiating an inner loop takes; an estimator that unrolls may return it from `sweep(steps, m)`.
+    """What differentiating an inner loop takes; an estimator that unrolls may return it from `sweep(steps, m, sizes)`.
 
     Attributes:
         products: Hessian-vector or Jacobian-vector products.
         graphs: steps whose graphs are held at once.
         tangents: vectors of the inner variables and the optimizer's state that are held beside them.
+        states: starts of steps that are held beside them.
+        again: inner steps that are taken more than once, as often as they are.
     """
 
     products: int
     graphs: int
     tangents: int = 0
+    states: int = 0
+    again: int = 0
 
 
 UNDECLARED = About("solution", "losses", 2, True, Terms("not declared", "not declared", "not declared", "-"))

@@ -28,7 +28,8 @@ from bilevel.solvers.forward import Forward
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
 from bilevel.solvers.linear import CG, Cholesky
 from bilevel.solvers.penalty import Penalty
-from bilevel.solvers.truncated import Truncated, Unroll
+from bilevel.solvers.truncated import Truncated
+from bilevel.solvers.unroll import Unroll
 from bilevel.solvers.zero_order import ZeroOrder
 from bilevel.vector import Vector
 

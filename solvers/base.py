@@ -129,6 +129,14 @@ class Response(RootCondition, Protocol):
         """Return the inner variables and the state after step `t`, differentiable."""
         ...
 
+    def mark(self) -> Any:
+        """Return what the next step will draw from: the stream, random numbers, buffers; a tree of plain values."""
+        ...
+
+    def go_back(self, mark: Any) -> None:
+        """Let the next step see what it would have seen at `mark`; raise for a stream that cannot go back."""
+        ...
+
     def label(self, name: str) -> str:
         """Return what the user calls the hyperparameter `name`."""
         ...

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.solvers.about import About, Sweep, Terms
+from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import OuterGradient, Response, State, add_terms, outer_gradient
 from bilevel.solvers.linear.base import check_count
 from bilevel.solvers.recorded import check_end, exact_for_the_loop, record
@@ -72,7 +72,7 @@ class Forward:
         terms = Terms(f"{b + 1} T products", f"{b} tangents of n, one step", f"√((m - 1) / {b})", "Shen et al. 2024")
         return replace(whole, exact=False, random=True, terms=terms)
 
-    def sweep(self, steps: int, hyperparameters: int) -> Sweep:
+    def sweep(self, steps: int, hyperparameters: int, sizes: Sizes | None = None) -> Sweep:
         """Return what a loop of so many steps takes."""
         count = self._count(hyperparameters)
         return Sweep(products=steps * (count + 1), graphs=GRAPHS + min(count, BLOCK), tangents=count)

@@ -110,6 +110,20 @@ def record(response: Response, lower: Vector, state: Any, h: Vector, t: int) -> 
     return RecordedStep(w, inputs, outputs), *without_graph(w_next, s_next)
 
 
+def accumulate(through: dict[str, Tensor | None], added: list[Tensor | None]) -> None:
+    """Add what a step contributes to each hyperparameter; None stays where nothing does."""
+    for name, g in zip(through, added, strict=True):
+        if g is not None:
+            held = through[name]
+            through[name] = g if held is None else held + g
+
+
+UNSEEN = (
+    "neither the outer loss nor an inner step that was differentiated uses it. Take it out of `hparams`, or use it in "
+    "a loss or in a setting of the inner solver (lr=lambda h: h[...])"
+)
+
+
 def without_graph(lower: Vector, state: Any) -> tuple[Vector, Any]:
     """Return the values of a step's end."""
     return detach(lower), optree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, state)
@@ -123,6 +137,15 @@ def floats(state: Any) -> list[Tensor]:
 def is_float(x: Any) -> bool:
     """Say whether it is a tensor of real numbers."""
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def fixed_bytes(adjoint: int, upper: int, graph: int) -> int:
+    """Return what a sweep takes beside graphs and starts of steps.
+
+    The adjoint before and after a step and the end of the loop, the gradient so far and its next term, and what the
+    derivative of a graph takes on its way.
+    """
+    return 3 * adjoint + 2 * upper + graph
 
 
 def check_end(lower: Vector) -> None:

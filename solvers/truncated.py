@@ -1,4 +1,4 @@
-"""Backpropagation through the last K inner steps, or through all of them.
+"""Backpropagation through the last K inner steps.
 
     a_T = ∂f/∂w_T,   a_{t-1} = A_t^T a_t,   dF/dλ = ∂f/∂λ + sum_{t > T-K} B_t^T a_t
     A_t = ∂Φ_t/∂(w, state),  B_t = ∂Φ_t/∂λ  of the inner step  (w_t, state_t) = Φ_t(w_{t-1}, state_{t-1}, λ)
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
-from bilevel.solvers.about import About, Sweep, Terms
+from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import Response, State, add_terms, outer_gradient, ratio
 from bilevel.solvers.coarse import PULLS, coarse_sweep, sampled
 from bilevel.solvers.linear.base import check_count
 from bilevel.solvers.recorded import (
+    UNSEEN,
     RecordedStep,
+    accumulate,
     check_end,
     exact_for_the_loop,
     filled,
@@ -58,7 +60,7 @@ class Truncated:
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")
 
-    def sweep(self, steps: int, hyperparameters: int) -> Sweep:
+    def sweep(self, steps: int, hyperparameters: int, sizes: Sizes | None = None) -> Sweep:
         """Return what a loop of so many steps takes."""
         window = min(self.steps, steps)
         looked_at = len(sampled(steps - window))
@@ -71,32 +73,6 @@ class Truncated:
     ) -> tuple[Hypergradient, State]:
         """Run the inner loop from `lower` and differentiate its end; nothing is kept between calls."""
         return _differentiate(response, lower, upper, self.steps), None
-
-
-@dataclass(frozen=True)
-class Unroll:
-    """Backpropagate through the whole inner loop: the exact hypergradient of what the loop computes.
-
-    Memory grows with the number of inner steps. Sees learning rates and every other setting of the inner loop.
-    """
-
-    about: ClassVar[About] = About(
-        begins="start",
-        sees="loop",
-        derivatives=2,
-        exact=True,
-        terms=Terms("T products", "T steps", "rounding; it is the loop's own gradient", "Franceschi et al. 2017"),
-    )
-
-    def sweep(self, steps: int, hyperparameters: int) -> Sweep:
-        """Return what a loop of so many steps takes."""
-        return Sweep(products=steps, graphs=steps)
-
-    def __call__(
-        self, response: Response, lower: Vector, upper: Vector, state: State = None
-    ) -> tuple[Hypergradient, State]:
-        """Run the inner loop from `lower` and differentiate its end; nothing is kept between calls."""
-        return _differentiate(response, lower, upper, response.unroll_steps()), None
 
 
 def _differentiate(response: Response, lower: Vector, upper: Vector, window: int) -> Hypergradient:
@@ -116,15 +92,9 @@ def _differentiate(response: Response, lower: Vector, upper: Vector, window: int
     check_end(w)
     outer = outer_gradient(response, w, upper)
     through, left_out = _sweep(response, recorded, samples, outer.lower, h, total - window)
-    gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
+    gradient = add_terms(response, outer.upper, through, upper, UNSEEN)
     certificate = _certificate(response, w, upper, gradient, left_out)
     return Hypergradient(gradient, outer.loss, w, certificate, response.cost)
-
-
-_UNSEEN = (
-    "neither the outer loss nor an inner step that was differentiated uses it. Take it out of `hparams`, or use it in "
-    "a loss or in a setting of the inner solver (lr=lambda h: h[...])"
-)
 
 
 def _sweep(
@@ -146,7 +116,7 @@ def _sweep(
     while recorded:
         step = recorded.pop()
         adjoint, added = step.pull(response, adjoint, h, keep=left_out > 0 and not recorded)
-        _accumulate(through, added)
+        accumulate(through, added)
         if left_out:
             tail.add(adjoint, filled(added, h))
     if not left_out:
@@ -177,13 +147,6 @@ def _left_out(
         total = axpy(1.0, tail.contributions[-1], total)
     beyond, size = tail.beyond(left_out - onward)
     return _LeftOut(detach(axpy(1.0, beyond, total)), float(norm(total)) + size, tail.grows())
-
-
-def _accumulate(through: dict[str, Tensor | None], added: list[Tensor | None]) -> None:
-    for name, g in zip(through, added, strict=True):
-        if g is not None:
-            held = through[name]
-            through[name] = g if held is None else held + g
 
 
 def _certificate(

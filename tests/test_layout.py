@@ -41,6 +41,7 @@ FLOORS = {
     "bilevel.inner": 3,
     "bilevel.problem": 3,
     "bilevel.response": 3,
+    "bilevel.stepping": 3,
     "bilevel.kinks": 3,
     "bilevel.evaluation": 4,
     "bilevel.choosing": 4,

@@ -456,15 +456,30 @@ def test_a_loop_that_diverges_is_a_warning() -> None:
 
 def test_a_graph_that_does_not_fit_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(inner_solver=inner.SGD(lr=0.1, steps=1000))
-    megabytes = bilevel.check(problem, "unroll").costs.megabytes
+    method = bilevel.Truncated(steps=1000)
+    megabytes = bilevel.check(problem, method).costs.megabytes
     assert megabytes is not None
     monkeypatch.setattr(training, "free_memory", lambda device: int(1.9e6 * megabytes))
-    found = only(problem, "unroll")
+    found = only(problem, method)
     assert (found.level, found.subject) == ("warning", "method") and "Truncated(steps=9" in found.remedy
     assert not findings(problem, "truncated")
     assert not findings(problem, "implicit")
     monkeypatch.setattr(training, "free_memory", lambda device: int(2.1e6 * megabytes))
-    assert not findings(problem, "unroll")
+    assert not findings(problem, method)
+
+
+def test_steps_that_unrolling_takes_again_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(inner_solver=inner.SGD(lr=0.1, steps=1000))
+    whole = bilevel.check(problem, "unroll").costs
+    assert whole.megabytes is not None and whole.gradients == 1000
+    monkeypatch.setattr(training, "free_memory", lambda device: int(1e6 * whole.megabytes))
+    found = only(problem, "unroll")
+    assert (found.level, found.subject) == ("note", "method") and "inner steps are taken again" in found.message
+    costs = bilevel.check(problem, "unroll").costs
+    assert costs.megabytes is not None and costs.megabytes <= whole.megabytes / 2
+    assert costs.gradients is not None and 1400 < costs.gradients < 2000 and costs.products == 1000
+    report = bilevel.check(problem, bilevel.Unroll(memory=1000))
+    assert not report.ok and "expected" in str(report) and "at least" in str(report)
 
 
 def test_memory_that_all_steps_share_counts_once() -> None:

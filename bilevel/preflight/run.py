@@ -90,7 +90,9 @@ def _inspect(dry: DryRun, response: ProblemResponse) -> None:
     check_steps(dry, response)
     check_hyperparameters(dry)
     check_curvature(dry)
-    costs = _predicted(dry)
+    costs = Costs()
+    with dry.tried("method"):
+        costs = _predicted(dry)
     with dry.tried("problem"):
         dry.costs = measure(dry, response, costs)
 
@@ -117,7 +119,7 @@ def _predicted(dry: DryRun) -> Costs:
             return Costs()
         sweep = unrolled(dry)
         held = held_bytes(dry, dry.walk.bytes_per_step, sweep)
-        return Costs(gradients=total, products=sweep.products, megabytes=held / 1e6)
+        return Costs(gradients=dry.walk.total + sweep.again, products=sweep.products, megabytes=held / 1e6)
     n, held = size(dry.lower), dry.graph_bytes
     if about(dry.method).begins == "last":
         return Costs(megabytes=held / 1e6)  # the first call is another than the rest, and no inner solver runs

@@ -9,14 +9,15 @@ import torch
 
 from bilevel.errors import NotTwiceDifferentiableError
 from bilevel.measure import free_memory, milliseconds
+from bilevel.memory import taken
 from bilevel.preflight.dryrun import DryRun
 from bilevel.preflight.probes import random_vector
 from bilevel.preflight.report import Costs
 from bilevel.response import ProblemResponse
-from bilevel.solvers.about import Sweep, about
+from bilevel.solvers.about import Sizes, Sweep, about
 from bilevel.solvers.base import outer_gradient
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
-from bilevel.solvers.recorded import floats
+from bilevel.solvers.recorded import fixed_bytes, floats
 from bilevel.vector import size
 from bilevel.walk import Walk, walk
 
@@ -34,43 +35,44 @@ def check_steps(dry: DryRun, response: ProblemResponse) -> None:
     with dry.tried("inner_solver", "mend the setting of the inner solver that is a function"):
         adjoint = random_vector(dry.lower, 2) if dry.outer is None else dry.outer.lower
         try:
-            taken = dry.walk = walk(response, dry.lower, dry.upper, adjoint)
+            walked = dry.walk = walk(response, dry.lower, dry.upper, adjoint)
         except NotTwiceDifferentiableError:
             if about(dry.method).derivatives == 2:
                 raise
             return
         if about(dry.method).begins == "last":
             return  # the steps are looked at for what they use; they are not going to be taken
-        if taken.broke_at is not None:
+        if walked.broke_at is not None:
             dry.add(
                 "error",
                 "inner_solver",
-                f"the inner variables are NaN or infinite after step {taken.broke_at}",
+                f"the inner variables are NaN or infinite after step {walked.broke_at}",
                 "lower the learning rate",
             )
             return
-        _check_growth(dry, response, taken)
+        _check_growth(dry, response, walked)
         if about(dry.method).unrolls:
-            _check_work(dry, taken.total)
-            _check_memory(dry, taken.bytes_per_step, unrolled(dry))
+            with dry.tried("method"):
+                _check_work(dry, walked.total)
+                _check_memory(dry, walked.bytes_per_step)
 
 
-def _check_growth(dry: DryRun, response: ProblemResponse, taken: Walk) -> None:
+def _check_growth(dry: DryRun, response: ProblemResponse, walked: Walk) -> None:
     """Report a loop that expands and climbs.
 
     Expansion alone says little: Adam's normalization expands wherever an entry of the gradient is close to zero.
     """
-    growth = max(1.0, taken.growth)
-    if min(taken.total, 100) * math.log(growth) <= math.log(EXPLODES):
+    growth = max(1.0, walked.growth)
+    if min(walked.total, 100) * math.log(growth) <= math.log(EXPLODES):
         return
     batch = response.draw()
-    before, after = (response.value_and_gradient(w, dry.upper, batch, pinned=True)[0] for w in (dry.lower, taken.end))
+    before, after = (response.value_and_gradient(w, dry.upper, batch, pinned=True)[0] for w in (dry.lower, walked.end))
     if float(after.detach()) <= float(before.detach()):
         return
     dry.add(
         "warning",
         "inner_solver",
-        f"at the start one of the {taken.total} inner steps stretches differences {growth:.3g}-fold, and the inner "
+        f"at the start one of the {walked.total} inner steps stretches differences {growth:.3g}-fold, and the inner "
         "loss rises: the loop diverges, and a gradient through it explodes",
         "lower the learning rate (below 2 / the largest curvature), or start at a better point",
     )
@@ -96,8 +98,18 @@ def _check_work(dry: DryRun, total: int) -> None:
         )
 
 
-def _check_memory(dry: DryRun, per_step: int, sweep: Sweep) -> None:
-    free, needed = free_memory(dry.first.device), held_bytes(dry, per_step, sweep)
+def _check_memory(dry: DryRun, per_step: int) -> None:
+    """Report graphs that take more than half of the free memory, and a method that takes steps again to avoid it."""
+    sweep, free = unrolled(dry), free_memory(dry.first.device)
+    needed = held_bytes(dry, per_step, sweep)
+    if sweep.again:
+        dry.add(
+            "note",
+            "method",
+            f"{sweep.again:,} inner steps are taken again, because the graphs of {sweep.graphs} steps and the starts "
+            f"of {sweep.states} fit into the memory that may be taken",
+            "bilevel.Unroll(memory=...) with more is faster, where there is more",
+        )
     if free is None or needed <= free / 2:
         return
     fitting = max(1, int(free / 2 / per_step))
@@ -115,15 +127,32 @@ def unrolled(dry: DryRun) -> Sweep:
     """Return what a method that unrolls takes; all steps where it does not say."""
     total = 0 if dry.walk is None else dry.walk.total
     sweep = getattr(dry.method, "sweep", None)
-    return Sweep(total, total) if sweep is None else sweep(total, size(dry.upper))
+    return Sweep(total, total) if sweep is None else sweep(total, size(dry.upper), _sizes(dry))
+
+
+def _sizes(dry: DryRun) -> Sizes | None:
+    """Return what a step takes, as `Unroll` measures it."""
+    if dry.walk is None or dry.response is None:
+        return None
+    state = dry.response.initial_state(dry.lower)
+    free, graph = free_memory(dry.first.device), dry.walk.bytes_per_step
+    return Sizes(
+        graph=graph,
+        state=taken((dry.lower, state, dry.response.mark())),
+        fixed=fixed_bytes(taken((dry.lower, floats(state))), taken(dry.upper), graph),
+        free=None if free is None else free // 2,
+    )
 
 
 def held_bytes(dry: DryRun, per_step: int, sweep: Sweep) -> int:
-    """Return the memory of the graphs and of the tangents, which follow the optimizer's state too."""
-    if dry.response is None or not sweep.tangents:
-        return per_step * sweep.graphs
-    carried = [*dry.lower.values(), *floats(dry.response.initial_state(dry.lower))]
-    return per_step * sweep.graphs + sweep.tangents * sum(t.numel() * t.element_size() for t in carried)
+    """Return the memory of the graphs, the starts of steps, and the tangents, which follow the state too."""
+    held = per_step * sweep.graphs
+    if dry.response is None:
+        return held
+    state = dry.response.initial_state(dry.lower) if sweep.states or sweep.tangents else {}
+    if sweep.states:
+        held += sweep.states * taken((dry.lower, state, dry.response.mark()))
+    return held + sweep.tangents * taken((dry.lower, floats(state)))
 
 
 def check_hyperparameters(dry: DryRun) -> None:
