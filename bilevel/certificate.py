@@ -10,8 +10,8 @@ Verdict = Literal["exact", "approximate", "untrusted"]
 
 # The contract: "exact" means that the estimated relative error is below this.
 EXACT_BELOW = 1e-3
-# Above this an approximation may point anywhere, so it does not work as designed.
-APPROXIMATE_BELOW = 0.5
+# Off by 0.5, an approximation may point anywhere, so it does not work as designed; an estimate may be a fifth too low.
+APPROXIMATE_BELOW = 0.4
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def judge(error: float | None, reasons: Sequence[str], *, by_design: bool, hint:
     Args:
         error: estimated relative error; None if the method has no estimate.
         reasons: what is wrong for certain; any entry makes the verdict "untrusted".
-        by_design: the method approximates by design, so an error above 1e-3 (but below 0.5) is no fault of its own.
+        by_design: the method approximates by design, so an error above 1e-3 (but below 0.4) is no fault of its own.
         hint: what to do about a large error, as the end of a sentence.
     """
     if reasons:

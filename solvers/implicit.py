@@ -33,7 +33,7 @@ from bilevel.solvers.base import (
 )
 from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
-from bilevel.solvers.linear.base import EXPLANATIONS, FATAL
+from bilevel.solvers.linear.base import EXPLANATIONS, FATAL, dtype_of
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.solvers.refined import Seen, in_float64, short_of_digits
 from bilevel.vector import Vector, cast, dot, norm, subtract
@@ -41,6 +41,7 @@ from bilevel.vector import Vector, cast, dot, norm, subtract
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
 DENSE_UP_TO = 64
+NEAR_ROUNDING = 30.0  # units in the last place of the largest curvature, below which one may as well be zero
 
 _PICKED = Terms(
     f"as `direct` up to {DENSE_UP_TO} inner variables, as `cg` above", "the same", "the same", "Pedregosa 2016"
@@ -148,10 +149,27 @@ def differentiate(
     scale, curvature = inner_scale(response, system, lower, upper), adjoint["curvature"]
     correction = _correct(response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize)
     certificate = _certify(system, solution, curvature, scale, correction, solver.truncates, advice)
+    if certificate.verdict == "approximate" and _drowned(system.operator, outer.lower, curvature):
+        certificate = replace(certificate, verdict="untrusted", reasons=(_DROWNED.format(curvature),))
     value = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
     found = Hypergradient(gradient, outer.loss, lower, replace(certificate, notes=notes), response.cost, value)
     cut_short = solution.status == "max_steps" and getattr(solver, "max_steps", None) is not None
     return found, adjoint, Seen(outer, system.residual, not solver.truncates and not cut_short)
+
+
+_DROWNED = (
+    "the smallest curvature met, {:.1e}, is not far above what float32 rounds off the largest, and the estimated error "
+    "rests on it; use float64, or more regularization in the inner loss"
+)
+
+
+def _drowned(operator: LinearOperator, rhs: Vector, curvature: float) -> bool:
+    """Say whether the smallest curvature is near the rounding of float32 products; in float64 none is taken for it."""
+    if dtype_of(rhs) == torch.float64:
+        return False
+    once = operator(rhs)
+    largest = ratio(float(norm(operator(once))), float(norm(once)))  # from below, and mostly by little
+    return curvature < NEAR_ROUNDING * torch.finfo(dtype_of(rhs)).eps * largest
 
 
 def default_solver(operator: LinearOperator) -> LinearSolver:
