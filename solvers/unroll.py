@@ -45,8 +45,8 @@ class Unroll:
     """Backpropagate through the whole inner loop: the exact hypergradient of what the loop computes.
 
     Sees learning rates and every other setting of the inner loop. Within a budget the gradient is the same, and some
-    steps are taken again: every step once more where about two thirds of the square root of the steps fit, more often
-    below. The certificate says which.
+    steps are taken again: all but one block once more where about √T graphs and √T iterates fit, which takes up to half
+    as long again, and more often below. The certificate says which.
 
     Args:
         memory: "500MB", or bytes: what the sweep may take beside the losses' own data. Less is slower. None: half of

@@ -144,3 +144,34 @@ def test_a_position_before_the_first_batch_keeps_the_generator_of_the_loader() -
     problem.go_to(position)
     assert torch.equal(before, generator.get_state())
     assert torch.equal(first, problem.inner_batches.draw())
+
+
+@pytest.mark.parametrize("drawn", [1, 3, 4, 5])
+def test_a_position_in_a_pass_is_found_again_without_reading_what_is_passed(drawn: int) -> None:
+    class Counted(Named):
+        reads = 0
+
+        def __getitem__(self, i: int) -> dict[str, Tensor]:
+            Counted.reads += 1
+            return super().__getitem__(i)
+
+    loader: Any = DataLoader(Counted(), batch_size=2, shuffle=True)
+    problem = bilevel.BilevelProblem(
+        lambda w, h, batch: w.sum(), lambda w, h: w.sum(), torch.zeros(1), torch.ones(1), inner_data=loader
+    )
+    batches = problem.inner_batches
+    for _ in range(drawn):
+        batches.draw()
+    position, random = batches.position(), torch.get_rng_state()
+    expected = [batches.draw()["x"] for _ in range(4)]
+    after = torch.get_rng_state()
+    Counted.reads = 0
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    batches.go_to(position)
+    assert Counted.reads == 0
+    assert torch.equal(torch.get_rng_state(), before), "the global random state stays as it is"
+    torch.set_rng_state(random)
+    for x in expected:
+        assert torch.equal(batches.draw()["x"], x)
+    assert torch.equal(torch.get_rng_state(), after)
