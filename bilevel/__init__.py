@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
 
-from bilevel import inner, prox
+from bilevel import inner, prox, sparse
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
@@ -111,4 +111,5 @@ __all__ = [
     "root",
     "simplex",
     "solve",
+    "sparse",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.sparse import Design, is_sparse
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,16 @@ class Batches:
 
     A tensor or a dict/list/tuple of tensors is *one batch*. A map-style `Dataset` is read whole into
     one batch; wrap it in a `DataLoader` for minibatches. Any other iterable is a stream of batches
-    and starts again when it ends. Batches go to the device of `params`.
+    and starts again when it ends. Batches go to the device of `params`. SciPy's sparse matrices become a
+    `bilevel.sparse.Design` in the dtype of `params`.
 
     Attributes:
         given: False when the loss takes no batch.
         deterministic: every draw is the same.
     """
 
-    def __init__(self, data: Any, role: str, device: torch.device) -> None:
-        self._role, self._device = role, device
+    def __init__(self, data: Any, role: str, like: Tensor) -> None:
+        self._role, self._device, self._dtype = role, like.device, like.dtype
         self._stream: Iterable[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._batch: Any = None
@@ -53,7 +55,7 @@ class Batches:
                 raise InvalidValueError(f"`{role}` is empty: the {type(data).__name__} has no sample")
             data = default_collate([data[i] for i in range(len(data))])  # type: ignore[arg-type]
         _refuse_list_of_batches(data, role)
-        if isinstance(data, (Tensor, dict, list, tuple)):
+        if isinstance(data, (Tensor, Design, dict, list, tuple)) or is_sparse(data):
             self._batch = self._to_device(data, strict=True)
         elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, type)) and not _is_array(data):
             self._stream = data
@@ -61,8 +63,8 @@ class Batches:
             kind = f"the class {data.__name__}" if isinstance(data, type) else f"a {type(data).__name__}"
             instead = "; write torch.from_numpy(array)" if _is_array(data) else ""
             raise InvalidTypeError(
-                f"`{role}` is {kind}, expected None, one batch (Tensors in a dict/list/tuple), a Dataset, a DataLoader "
-                f"or an iterable of batches{instead}"
+                f"`{role}` is {kind}, expected None, one batch (Tensors or SciPy sparse matrices, also in a "
+                f"dict/list/tuple), a Dataset, a DataLoader or an iterable of batches{instead}"
             )
         self.deterministic = self._stream is None
 
@@ -205,8 +207,9 @@ class Batches:
             ) from error
 
     def _to_device(self, batch: Any, *, strict: bool) -> Any:
+        batch = optree.tree_map(self._placed, batch, none_is_leaf=True)
         leaves = optree.tree_leaves(batch, none_is_leaf=True)
-        wrong = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        wrong = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, Design))]
         if strict and (wrong or not leaves):
             kind = type(wrong[0]).__name__ if wrong else "empty structure"
             raise InvalidTypeError(
@@ -215,9 +218,13 @@ class Batches:
             )
         if strict and not any(leaf.numel() for leaf in leaves):
             raise InvalidValueError(f"`{self._role}` is empty: its tensors hold no number")
-        return optree.tree_map(
-            lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, batch, none_is_leaf=True
-        )
+        return batch
+
+    def _placed(self, leaf: Any) -> Any:
+        """Return a part of a batch on the device of `params`; a SciPy sparse matrix as a Design."""
+        if is_sparse(leaf):
+            return Design(leaf, self._dtype, self._device)
+        return leaf.to(self._device) if isinstance(leaf, (Tensor, Design)) else leaf
 
 
 _END = object()

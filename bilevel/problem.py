@@ -34,8 +34,9 @@ class BilevelProblem:
             (`bilevel.positive`, `interval`, `simplex`, `real`), or an `nn.Module`. One dtype and device with `params`.
         inner_solver: None for L-BFGS; one of `bilevel.inner`; or the user's own loop `fit(params, hparams) -> params`
             (`fit(params, hparams, data)` when `inner_data` is given).
-        inner_data: None, one batch (any structure of Tensors), a Dataset (read whole), or a DataLoader or another
-            iterable of batches (minibatches).
+        inner_data: None, one batch (any structure of Tensors and SciPy sparse matrices, which losses get as a
+            `bilevel.sparse.Design`), a Dataset (read whole), or a DataLoader or another iterable of batches
+            (minibatches).
         outer_data: the same for the outer loss.
 
     Raises:
@@ -70,11 +71,11 @@ class BilevelProblem:
         self.hparams = Hyperparameters(hparams, like=first)
         _check_together(self.hparams.layout, first)
         self.inner_data, self.outer_data = inner_data, outer_data
-        self.inner_batches = Batches(inner_data, "inner_data", first.device)
+        self.inner_batches = Batches(inner_data, "inner_data", first)
         # The batch that certificates and implicit methods look at comes from a reader of its own, so that training sees
         # every batch of a pass.
         self.pinned_batches = self.inner_batches.twin()
-        self.outer_batches = Batches(outer_data, "outer_data", first.device)
+        self.outer_batches = Batches(outer_data, "outer_data", first)
         _check_loss(inner_loss, "inner_loss", self.inner_batches.given)
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss

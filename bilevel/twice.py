@@ -57,7 +57,7 @@ def explained(what: str) -> Iterator[None]:
 def custom_functions(value: Tensor) -> dict[str, bool]:
     """Return the user's own autograd Functions behind a tensor, and whether each is marked once_differentiable."""
     owners = [getattr(type(node), "_forward_cls", None) for node in _nodes(value)]
-    own = [owner for owner in owners if owner is not None and not owner.__module__.startswith("torch.")]
+    own = [owner for owner in owners if owner is not None and not owner.__module__.startswith(("torch.", "bilevel."))]
     return {owner.__qualname__: hasattr(owner.backward, "__wrapped__") for owner in own}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel.errors import BilevelError
+from bilevel.sparse import Design
 
 
 class CannotWidenError(BilevelError, TypeError):
@@ -88,7 +89,7 @@ def _narrowed(structure: Any) -> Any:
 
 def _mapped(structure: Any, old: torch.dtype, new: torch.dtype) -> Any:
     def convert(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, (Tensor, Design)):
             return leaf.to(new) if leaf.dtype == old else leaf
         return new if leaf is old else leaf
 

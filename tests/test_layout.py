@@ -32,6 +32,7 @@ FLOORS = {
     "bilevel.table": 1,
     "bilevel.files": 1,
     "bilevel.randomness": 1,
+    "bilevel.sparse": 1,
     "bilevel.twice": 1,
     "bilevel.losses": 1,
     "bilevel.measure": 1,

@@ -21,6 +21,7 @@ from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator
 from bilevel.solvers.about import about
 from bilevel.solvers.base import OuterGradient, System
+from bilevel.sparse import Design, is_sparse
 from bilevel.vector import Vector, size
 from bilevel.walk import Walk
 
@@ -221,15 +222,19 @@ def _sources(data: Any) -> set[int]:
     source = getattr(data, "dataset", data)
     tensors = getattr(source, "tensors", source if isinstance(source, (Tensor, dict, list, tuple)) else ())
     parts: list[Any] = optree.tree_leaves(tensors)  # type: ignore[arg-type]
-    return {id(source), *(id(part) for part in parts if isinstance(part, Tensor))}
+    return {id(source), *(id(part) for part in parts if _is_matrix(part))}
+
+
+def _is_matrix(data: Any) -> bool:
+    return isinstance(data, (Tensor, Design)) or is_sparse(data)
 
 
 def _examples(data: Any) -> int | None:
     """Return how many examples there are, where that can be seen: the first dimension of the first tensor."""
     source = getattr(data, "dataset", data)
-    if isinstance(source, (Tensor, dict, list, tuple)):
-        parts: list[Any] = optree.tree_leaves(source)  # type: ignore[arg-type]
-        sizes = [len(t) for t in parts if isinstance(t, Tensor) and t.dim() > 0]
+    if isinstance(source, (dict, list, tuple)) or _is_matrix(source):
+        parts: list[Any] = optree.tree_leaves(source)
+        sizes = [t.shape[0] for t in parts if _is_matrix(t) and len(t.shape) > 0]
         return sizes[0] if sizes else None
     try:
         return len(source) if hasattr(source, "__getitem__") else None

@@ -99,7 +99,7 @@ def custom_functions(value: Tensor) -> list[str]:
             continue
         seen.add(node)
         owner = getattr(type(node), "_forward_cls", None)
-        if owner is not None and not owner.__module__.startswith("torch."):
+        if owner is not None and not owner.__module__.startswith(("torch.", "bilevel.")):
             found[owner.__qualname__] = None
         waiting.extend(parent for parent, _ in node.next_functions)
     return list(found)
