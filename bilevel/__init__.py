@@ -22,10 +22,12 @@ from bilevel.preflight import Finding, Report, check
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Record, Solution
 from bilevel.solvers import (
+    BOME,
     CG,
     GMRES,
     METHODS,
     MINRES,
+    PBGD,
     SABA,
     SAMA,
     SOBA,
@@ -55,6 +57,8 @@ __all__ = [
     "CG",
     "GMRES",
     "METHODS",
+    "BOME",
+    "PBGD",
     "MINRES",
     "SAMA",
     "SABA",

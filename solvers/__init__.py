@@ -13,6 +13,7 @@ from bilevel.solvers.amigo import AmIGO
 from bilevel.solvers.auto import Auto
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response
+from bilevel.solvers.bome import BOME
 from bilevel.solvers.finite_difference import FiniteDifference
 from bilevel.solvers.fixed_point import FixedPoint
 from bilevel.solvers.forward import Forward
@@ -29,6 +30,7 @@ from bilevel.solvers.linear import (
     QuasiNewton,
 )
 from bilevel.solvers.one_step import OneStep
+from bilevel.solvers.pbgd import PBGD
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.saba import SABA
 from bilevel.solvers.sama import SAMA
@@ -108,6 +110,8 @@ def _takes_a_response(method: Callable[..., object]) -> bool:
 __all__ = [
     "CG",
     "GMRES",
+    "BOME",
+    "PBGD",
     "METHODS",
     "SAMA",
     "About",

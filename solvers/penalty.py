@@ -82,7 +82,9 @@ class Penalty:
         if given is not None and not (isinstance(given, (int, float)) and 0.0 < given < math.inf):
             raise InvalidValueError(f"`sigma` is {given!r}, expected a number above 0, or None")
         if self.form not in get_args(Form):
-            raise InvalidValueError(f"`form` is {self.form!r}, expected one of {', '.join(get_args(Form))}")
+            raise InvalidValueError(
+                f"`form` is {self.form!r}, expected one of {', '.join(get_args(Form))}{_MOVING.get(self.form, '')}"
+            )
 
     @property
     def order(self) -> int:
@@ -112,6 +114,10 @@ class Penalty:
         return Hypergradient(gradient, ends.outer.loss, lower, certificate, response.cost), None
 
 
+# Forms of a class of their own: they begin where the last call ended, and run no inner solver.
+_MOVING = {
+    name.lower(): f"; this one moves the inner variables itself: write bilevel.{name}()" for name in ("BOME", "PBGD")
+}
 _UNSEEN = (
     "neither loss uses it at the inner solution, and a penalty method sees nothing else. If the inner solver uses it "
     '(a learning rate), choose method="unroll" or "zero-order"; otherwise take it out of `hparams`'
