@@ -42,8 +42,8 @@ from bilevel.solvers.zero_order import ZeroOrder
 
 # The table of names; it is also the table of the tests.
 METHODS: Mapping[str, Callable[[], Estimator]] = {
-    "auto": Auto,
     "implicit": Implicit,
+    "auto": Auto,
     "cg": lambda: Implicit(CG()),
     "minres": lambda: Implicit(MINRES()),
     "gmres": lambda: Implicit(GMRES()),

@@ -3,8 +3,8 @@
 The rules, the first that applies:
 
 1. Only the inner loop uses some hyperparameter (a learning rate), or the inner solver decays weights outside of the
-   inner loss: `unroll` where its graphs fit into half of the free memory; `forward` for up to 16 hyperparameters; else
-   `truncated` to the steps that fit. For a user's own loop `zero-order`.
+   inner loss: `unroll`, which takes steps again where its graphs do not fit into half of the free memory. For a user's
+   own loop `zero-order`.
 2. Autograd cannot differentiate the inner loss twice: `penalty`, or on minibatches `finite-difference`.
 3. The inner loop has differentiable steps whose graphs fit into half of the free memory: `unroll`. It is the gradient
    of what the loop computes, converged or not.
@@ -24,16 +24,13 @@ from bilevel.solvers.about import About, Terms
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response, State
 from bilevel.solvers.finite_difference import FiniteDifference
-from bilevel.solvers.forward import Forward
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
 from bilevel.solvers.linear import CG, Cholesky
 from bilevel.solvers.penalty import Penalty
-from bilevel.solvers.truncated import Truncated
 from bilevel.solvers.unroll import Unroll
 from bilevel.solvers.zero_order import ZeroOrder
 from bilevel.vector import Vector
 
-FEW = 16  # hyperparameters that forward mode carries at once
 DRAWS = 4  # minibatches averaged
 SHARE = 0.5  # of the free memory that graphs may take
 RTOL = 1e-8  # of the linear solve, for the prediction
@@ -132,20 +129,15 @@ def _through_the_loop(facts: Facts) -> Choice:
         return Choice(ZeroOrder(), "zero-order", f"{because}, and it is a function of your own", None, None, 0.0)
     if facts.steps is None:  # nothing sees them: the implicit method says so, and what to do
         return _implicit(facts)
-    if facts.unrolled_bytes <= facts.budget:
-        return _unrolled(facts, because)
-    short = f"{because}, and graphs of {facts.steps:,} steps do not fit into the memory"
-    if facts.outer <= FEW:
-        few = f"{short}; there are only {facts.outer} hyperparameters"
-        held = (facts.outer + 1) * facts.step_bytes / 1e6
-        return Choice(Forward(), "forward", few, facts.steps, facts.outer * facts.steps, held)
-    window = max(1, int(facts.budget / max(1, facts.step_bytes)))
-    held = window * facts.step_bytes / 1e6
-    return Choice(Truncated(window), "truncated", f"{short}; {window:,} do", facts.steps, window, held)
+    return _unrolled(facts, because)
 
 
 def _unrolled(facts: Facts, why: str) -> Choice:
-    return Choice(Unroll(), "unroll", why, facts.steps, facts.steps, facts.unrolled_bytes / 1e6)
+    steps, held = facts.steps or 0, facts.unrolled_bytes
+    if held <= facts.budget:
+        return Choice(Unroll(), "unroll", why, steps, steps, held / 1e6)
+    why += "; its graphs do not fit into the memory, so steps are taken again"
+    return Choice(Unroll(), "unroll", why, 2 * steps, steps, facts.budget / 1e6)
 
 
 def _first_order(facts: Facts) -> Choice:
