@@ -24,7 +24,7 @@ from bilevel.solvers.implicit import differentiate
 from bilevel.solvers.linear import LinearSolver, Neumann
 from bilevel.vector import Vector
 
-_IDENTITY = Terms("4 gradients, and about 50 for the certificate", "nothing", "|I - αH|", "Liu et al. 2019")
+_IDENTITY = Terms("4 gradients, and about 50 for the certificate", "nothing", "‖I - αH‖", "Liu et al. 2019")
 
 
 @dataclass(frozen=True)

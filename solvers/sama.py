@@ -44,7 +44,7 @@ class SAMA:
         sees="losses",
         derivatives=1,
         exact=False,
-        terms=Terms("5 gradients, and about 50 for the certificate", "nothing", "|I - D H|", "Choe et al. 2023"),
+        terms=Terms("5 gradients, and about 50 for the certificate", "nothing", "‖I - D H‖", "Choe et al. 2023"),
     )
 
     def __post_init__(self) -> None:
