@@ -76,7 +76,10 @@ class ProximalGradient(Stepwise):
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """Not called: a step takes its gradient elsewhere than at `lower`."""
-        raise InvalidTypeError("inner.ProximalGradient has no update of its own; call step")
+        raise InvalidTypeError(
+            "inner.ProximalGradient takes its gradient elsewhere than where it is, so its steps have no scaling to "
+            'differentiate; choose method="implicit"'
+        )
 
 
 def _of(setting: Any, name: str) -> Any:
