@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 
@@ -90,7 +91,7 @@ class _Search:
         self._seen: list[tuple[float, torch.Tensor]] = [] if saved is None else list(saved["seen"])
         self._replay = iter(list(self._seen))
         self._skip = len(run.history)
-        # Since the accepted point: by the bytes of x, what SciPy was told, and how it was evaluated.
+        # Since the accepted point: by the name of x, what SciPy was told, and how it was evaluated.
         self._known: dict[bytes, tuple[float, torch.Tensor]] = {}
         self._evaluated: dict[bytes, Point] = {}
         self._accepted = b""
@@ -101,7 +102,7 @@ class _Search:
 
         SciPy's first step is the gradient itself, which should move the values by about 1.
         """
-        key = x.tobytes()
+        key = _name(x)
         # A point is evaluated once: training again from another start may end in another minimum.
         if key not in self._known:
             self._known[key] = next(self._replay, None) or self._evaluate(x)
@@ -115,7 +116,7 @@ class _Search:
         point = self._run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
         if self._run.start is None:
             self._run.accept(point)
-        self._evaluated[x.tobytes()] = point
+        self._evaluated[_name(x)] = point
         found = point.evaluation.hypergradient
         result = found.outer_loss + found.correction, flatten(point.gradient).double().cpu()
         if self._keeper.active:
@@ -124,7 +125,7 @@ class _Search:
 
     def after_step(self, x: Array) -> bool:
         """Accept the point that an iteration led to; True where it led back to the last one, which ends the search."""
-        key = x.tobytes()
+        key = _name(x)
         if key == self._accepted:
             return True
         self._accepted = key
@@ -136,3 +137,8 @@ class _Search:
         self._run.accept(self._evaluated[key])
         self._keeper.after_step(self._run, {"seen": list(self._seen)})
         return False
+
+
+def _name(x: Array) -> bytes:
+    """Return a name for a point: equal for equal numbers alone, and short however many they are."""
+    return hashlib.sha256(x.data).digest()

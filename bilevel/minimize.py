@@ -19,6 +19,8 @@ from threadpoolctl import ThreadpoolController
 Array = NDArray[np.float64]
 
 HISTORY = 20  # pairs kept; 20 needed the fewest evaluations on logistic and softmax regression
+# Numbers that all pairs together may take, 1 GB in float64; with 10 million unknowns that leaves 6 pairs.
+NUMBERS, FEWEST = 2**27, 5
 
 
 def lbfgs(
@@ -49,7 +51,7 @@ def lbfgs(
             raise StopIteration
 
     options = {
-        "maxcor": HISTORY,
+        "maxcor": history(len(start)),
         "maxiter": max_steps,
         "maxfun": 20 * max_steps + 20,
         "ftol": value_rtol,
@@ -58,6 +60,11 @@ def lbfgs(
     ends = None if bounds is None or not np.isfinite(bounds).any() else Bounds(*bounds)
     with _one_blas_thread():
         return minimize(function, start, jac=True, method="L-BFGS-B", bounds=ends, callback=callback, options=options)
+
+
+def history(unknowns: int) -> int:
+    """Return how many pairs are kept of so many unknowns."""
+    return max(FEWEST, min(HISTORY, NUMBERS // (2 * unknowns)))
 
 
 @cache

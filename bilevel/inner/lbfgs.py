@@ -18,7 +18,7 @@ import torch
 
 from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
 from bilevel.inner.base import InnerSolution, Task
-from bilevel.minimize import HISTORY, Array, lbfgs
+from bilevel.minimize import Array, history, lbfgs
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.solvers.base import Linearization, System
 from bilevel.solvers.differences import Differences
@@ -137,7 +137,7 @@ class _Trail:
         self._unit = unit
         self._latest: tuple[Array, Array] | None = None
         self._at: tuple[Array, Array] | None = None
-        self._pairs: deque[tuple[Array, Array]] = deque(maxlen=HISTORY)
+        self._pairs: deque[tuple[Array, Array]] = deque(maxlen=history(len(unit)))
 
     def evaluated(self, x: Array, gradient: Array) -> None:
         """Take note of the gradient at x; the first point is where the trail begins."""
@@ -157,11 +157,13 @@ class _Trail:
         return float(np.linalg.norm(gradient))
 
     def pairs(self, device: torch.device) -> Pairs | None:
-        """Return what was seen, oldest first; None for nothing."""
+        """Return what was seen, oldest first, and let go of it; None for nothing."""
         if not self._pairs:
             return None
-        steps, changes = (torch.from_numpy(np.stack(side)).to(device) for side in zip(*self._pairs, strict=True))
-        return Pairs(steps, changes, torch.from_numpy(self._unit**2).to(device))
+        steps, changes = (np.empty((len(self._pairs), len(self._unit))) for _ in range(2))
+        for i in range(len(steps)):  # one pair after another, so that no two copies of all stand side by side
+            steps[i], changes[i] = self._pairs.popleft()
+        return Pairs(*(torch.from_numpy(part).to(device) for part in (steps, changes, self._unit**2)))
 
 
 def _units(operator: LinearOperator) -> Array:
