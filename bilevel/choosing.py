@@ -55,6 +55,7 @@ def _measured(problem: BilevelProblem) -> Facts:
         condition = _condition(system)
     except NotTwiceDifferentiableError as error:
         twice = f"the inner loss has no second derivative ({error})"
+    refuses = getattr(solver, "needs_fixed_loss", False)
     own_loop = getattr(solver, "whole_loop", False)
     steps = step_bytes = None
     if response.has_step and not own_loop and not twice:
@@ -68,6 +69,7 @@ def _measured(problem: BilevelProblem) -> Facts:
         fixed=problem.deterministic,
         steps=steps,
         own_loop=own_loop,
+        trains=problem.inner_batches.deterministic or not refuses or bool(getattr(solver, "penalties", ())),
         decays=getattr(solver, "decays_outside_loss", None) is not None,
         step_bytes=step_bytes or 0,
         graph_bytes=graph,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from bilevel.bench import Bench, truth
-from bilevel.certificate import Certificate, Cost
+import torch
+
+from bilevel.bench import Bench
+from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.errors import BilevelError, InvalidTypeError, InvalidValueError
 from bilevel.evaluation import check_problem
 from bilevel.measure import milliseconds, peak_memory
 from bilevel.problem import BilevelProblem
-from bilevel.solvers import METHODS, Estimator, about, estimator
+from bilevel.reference import Reference, best_reference
+from bilevel.solvers import METHODS, Estimator, estimator
+from bilevel.solvers.linear.base import check_count
 from bilevel.vector import Vector, dot, norm, subtract
 
 if TYPE_CHECKING:
@@ -29,12 +34,12 @@ class ComparedMethod:
 
     Attributes:
         method: its name, or its settings.
-        error: |found - reference| / |reference|; None for a method that refused.
-        cosine: between found and reference.
-        seconds: shortest time of up to three calls; without the inner solve that methods share.
+        error: |found - reference| / |reference|; None for a method that refused, and without a reference.
+        cosine: between found and reference; None likewise.
+        seconds: shortest time of up to `repeats` calls; without the inner solve that methods share.
         gradients: gradients of either loss, those of the method's own inner loop included.
         products: Hessian-vector and Jacobian-vector products.
-        megabytes: peak of what it allocated.
+        megabytes: peak of what it allocated; None with `memory=False`.
         verdict: the certificate's, or "refused".
         claimed: the certificate's estimate of `error`.
         refusal: why the method does not apply, in its own words; else empty.
@@ -47,7 +52,7 @@ class ComparedMethod:
     seconds: float
     gradients: int
     products: int
-    megabytes: float
+    megabytes: float | None
     verdict: str
     claimed: float | None
     refusal: str = ""
@@ -60,13 +65,15 @@ class Comparison:
 
     Attributes:
         rows: one for each method, in the order asked for.
-        reference: what the errors are held against, in words.
+        reference: what the errors are held against, in words; why there are none where nothing can be trusted.
         inner: the inner solve that methods share, in words; empty where every method runs a loop of its own.
+        conditions: the seed, and what the whole comparison took, in words.
     """
 
     rows: tuple[ComparedMethod, ...]
     reference: str
     inner: str
+    conditions: str = ""
 
     def table(self) -> str:
         """Return a table that reads well in a terminal and is Markdown, with what it is held against below."""
@@ -78,9 +85,13 @@ class Comparison:
         ]
         rule = "|".join("-" * (w + 1) + (":" if i in _RIGHT else "-") for i, w in enumerate(widths))
         text = [f"| {padded[0]} |", f"|{rule}|", *(f"| {line} |" for line in padded[1:]), ""]
-        text += [f"{row.method}: {row.refusal}" for row in self.rows if row.refusal]
+        refusals: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.refusal:
+                refusals.setdefault(row.refusal, []).append(row.method)
+        text += [f"{', '.join(methods)}: {why}" for why, methods in refusals.items()]
         text.append(f"reference: {self.reference}")
-        return "\n".join([*text, self.inner] if self.inner else text)
+        return "\n".join([*text, *(words for words in (self.inner, self.conditions) if words)])
 
     def plot(self, cost: str = "seconds") -> Figure:
         """Draw error against cost, both on log scales, one labelled mark a method.
@@ -93,7 +104,9 @@ class Comparison:
         if cost not in _COSTS:
             raise InvalidValueError(f"`cost` is {cost!r}, expected one of {', '.join(_COSTS)}")
         figure, (axes,) = new_figure(1, width=6.4, height=4.8)
-        shown = [row for row in self.rows if row.error is not None]
+        shown = [row for row in self.rows if row.error is not None and getattr(row, cost) is not None]
+        if not shown:
+            raise InvalidValueError(f"there is nothing to draw: no row has an error and {cost}; see `.table()`")
         plot_comparison(
             axes, [(row.method, getattr(row, cost), row.error or 0.0, row.verdict) for row in shown], _COSTS[cost]
         )
@@ -102,7 +115,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, without the gradients."""
         rows = [{name: value for name, value in asdict(row).items() if name != "gradient"} for row in self.rows]
-        return {"rows": rows, "reference": self.reference, "inner": self.inner}
+        return {"rows": rows, "reference": self.reference, "inner": self.inner, "conditions": self.conditions}
 
     def __str__(self) -> str:
         return self.table()
@@ -118,21 +131,32 @@ _COSTS = {
 
 
 def compare(
-    problem: BilevelProblem, methods: Methods | None = None, *, reference: Any = None, hparams: Any = None
+    problem: BilevelProblem,
+    methods: Methods | None = None,
+    *,
+    reference: Any = None,
+    hparams: Any = None,
+    seed: int = 0,
+    repeats: int = 3,
+    memory: bool = True,
 ) -> Comparison:
     """Take one hypergradient by each method and hold it against a reference.
 
-    Methods that differentiate the inner solution share one inner solve; methods that run a loop of their own do so.
-    All see the same batches and random numbers. Nothing of the user's is changed, and no verdict warns: it is in the
-    table.
+    Methods that differentiate the inner solution share one inner solve; methods that run a loop of their own do so. All
+    begin at the same batches and random numbers. A method that refuses the problem is a line that says why. Nothing of
+    the user's is changed, and no verdict warns: it is in the table.
 
     Args:
         problem: the problem.
         methods: names and estimator objects, or a dict from labels to these; None: every name in `bilevel.METHODS`.
-        reference: a method, or a gradient in the structure of `hparams`. None: the implicit hypergradient at an inner
-            solution that is trained on to the end of the digits, by the dense Hessian up to 2,000 inner variables;
-            where only the inner loop uses a hyperparameter (a learning rate), `"unroll"`.
+        reference: a method, a `Hypergradient`, or a gradient in the structure of `hparams`. None: the implicit
+            hypergradient over all data, at an inner solution that is trained on to the end of the digits, by the dense
+            Hessian up to 2,000 inner variables; where that is untrusted or only the inner loop uses a hyperparameter (a
+            learning rate), `"unroll"`; else there are no errors. `.reference` says which.
         hparams: where, in natural units and the structure of the problem's `hparams`; None: its start values.
+        seed: of torch's random numbers in every run; the global random state is left as it was.
+        repeats: most timed calls of each method; no further one once they have taken half a second.
+        memory: measure peaks, which takes one more, slower call of each method.
 
     Returns:
         `.rows`, `.table()`, `.plot()`.
@@ -146,14 +170,18 @@ def compare(
     ['direct', 'cg']
     """
     check_problem(problem)
+    begin = time.perf_counter()
     chosen = _labelled(list(METHODS) if methods is None else methods)
+    check_count(repeats, "repeats")
     upper = problem.hparams.layout.start if hparams is None else problem.hparams.read(hparams, "`hparams`")
-    bench = Bench(problem, upper)
-    if any(about(method).begins != "start" for method in chosen.values()):
-        bench.train()
-    exact, words = _reference(bench, reference)
-    rows = [_row(bench, label, method, exact) for label, method in chosen.items()]
-    return Comparison(tuple(rows), words, bench.words)
+    bench = Bench(problem, upper, seed)
+    held_against = _reference(bench, reference)
+    rows = [_row(bench, label, method, held_against.gradient, repeats, memory) for label, method in chosen.items()]
+    why = f"up to {repeats} timed calls of each method" + (
+        " and a slower one that watches its memory (memory=False leaves it out)" * memory
+    )
+    conditions = f"seed {seed}; {time.perf_counter() - begin:.2g} s in all: the reference, {why}"
+    return Comparison(tuple(rows), held_against.words, bench.words, conditions)
 
 
 def _labelled(methods: Methods) -> dict[str, Estimator]:
@@ -173,41 +201,51 @@ def _words(method: str | Estimator) -> str:
     return method if isinstance(method, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(method))
 
 
-def _reference(bench: Bench, given: Any) -> tuple[Vector, str]:
+def _reference(bench: Bench, given: Any) -> Reference:
     """Return the gradient that errors are held against, and what it is."""
+    layout = bench.problem.hparams.layout
     if given is None:
-        return truth(bench)
+        return best_reference(bench)
+    if isinstance(given, Hypergradient):
+        verdict = given.certificate.verdict
+        return Reference(layout.read(given.gradient, "`reference`"), f"the hypergradient given, verdict {verdict}")
     if isinstance(given, str) or callable(given):
-        method = estimator(given)
-        if about(method).begins != "start" and bench.lower is None:
-            bench.train()
-        found = bench.run(method)
-        return found.gradient, f"{_words(given)}, verdict {found.certificate.verdict}"
-    return bench.problem.hparams.layout.read(given, "`reference`"), "the gradient that was given"
+        found = bench.run(estimator(given, "reference"))
+        verdict = found.certificate.verdict
+        doubt = "" if found.certificate.trusted else ", so what stands under error is a distance from it"
+        return Reference(found.gradient, f"{_words(given)}, verdict {verdict}{doubt}")
+    return Reference(layout.read(given, "`reference`"), "the gradient that was given")
 
 
-def _row(bench: Bench, label: str, method: Estimator, exact: Vector) -> ComparedMethod:
-    device = bench.device
+def _row(
+    bench: Bench, label: str, method: Estimator, exact: Vector | None, repeats: int, memory: bool
+) -> ComparedMethod:
+    device, found, peak = bench.device, [], None
+
+    def run() -> None:
+        found.append(bench.run(method))
+
     try:
-        with peak_memory(device) as peak:
-            found = bench.run(method)
-        seconds = milliseconds(lambda: bench.run(method), device) / 1e3
-    except BilevelError as error:
-        return ComparedMethod(label, None, None, math.nan, 0, 0, math.nan, "refused", None, str(error))
-    certificate: Certificate = found.certificate
-    cost: Cost = found.cost
-    gradient = bench.problem.hparams.layout.shaped(found.gradient)
+        if memory:
+            with peak_memory(device) as peak:
+                run()
+        seconds = milliseconds(run, device, repeats) / 1e3
+    except (BilevelError, torch.OutOfMemoryError) as error:
+        return ComparedMethod(label, None, None, math.nan, 0, 0, None, "refused", None, str(error))
+    first = found[0]
+    certificate: Certificate = first.certificate
+    cost: Cost = first.cost
     return ComparedMethod(
         label,
-        _relative(found.gradient, exact),
-        _cosine(found.gradient, exact),
+        None if exact is None else _relative(first.gradient, exact),
+        None if exact is None else _cosine(first.gradient, exact),
         seconds,
         cost.gradients,
         cost.products,
-        peak.bytes / 1e6,
+        None if peak is None else peak.bytes / 1e6,
         certificate.verdict,
         certificate.error,
-        gradient=gradient,
+        gradient=bench.problem.hparams.layout.shaped(first.gradient),
     )
 
 
@@ -222,20 +260,23 @@ def _cosine(found: Vector, truth: Vector) -> float:
 
 
 def _cells(row: ComparedMethod) -> tuple[str, ...]:
-    if row.error is None or row.cosine is None:
+    if row.verdict == "refused":
         return (row.method, *["-"] * 7, row.verdict)
-    claimed = "-" if row.claimed is None else f"{row.claimed:.1e}"
     return (
         row.method,
-        f"{row.error:.1e}",
-        claimed,
-        f"{row.cosine:.4f}",
+        _shown(row.error, ".1e"),
+        _shown(row.claimed, ".1e"),
+        _shown(row.cosine, ".4f"),
         f"{row.seconds:.2g}",
         f"{row.gradients:,}",
         f"{row.products:,}",
-        f"{row.megabytes:.3g}",
+        _shown(row.megabytes, ".3g"),
         row.verdict,
     )
+
+
+def _shown(figure: float | None, form: str) -> str:
+    return "-" if figure is None else format(figure, form)
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import optree
@@ -72,6 +73,21 @@ class Batches:
         """Return a second reader of the same data, with a position of its own."""
         other = copy.copy(self)
         other._iterator, other._drawn, other._random = None, 0, None
+        return other
+
+    def collected(self, most: int) -> list[Any] | None:
+        """Return the batches of one pass; None for more than `most`, and for an iterator, which it would use up."""
+        if self._stream is None:
+            return [self._batch]
+        if isinstance(self._stream, Iterator):
+            return None
+        found = list(islice(self.twin()._begin(), most + 1))
+        return None if len(found) > most else [self._to_device(batch, strict=False) for batch in found]
+
+    def fixed(self, batch: Any) -> Batches:
+        """Return a reader that gives this batch at every draw."""
+        other = self.twin()
+        other._stream, other._batch, other.deterministic = None, batch, True
         return other
 
     def restart(self) -> None:

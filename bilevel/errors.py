@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -13,6 +15,17 @@ NAN_ADVICE = (
     "look for a logarithm or a root of 0, a division by 0 or an overflow of exp in the loss (inside torch.autograd."
     "set_detect_anomaly(True) torch names the operation), or for a learning rate that is too large"
 )
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """Return a hint at the known word that a misspelt one is close to; empty where there is none.
+
+    >>> meant("unrol", ["implicit", "unroll"])
+    '; did you mean "unroll"?'
+    """
+    words = {w.lower().replace("_", "-"): w for w in known}
+    close = get_close_matches(str(word).lower().replace("_", "-"), words, n=1)
+    return f'; did you mean "{words[close[0]]}"?' if close else ""
 
 
 class InvalidValueError(BilevelError, ValueError):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, meant
 from bilevel.solvers.about import About, Terms, about
 from bilevel.solvers.amigo import AmIGO
 from bilevel.solvers.auto import Auto
@@ -66,23 +66,29 @@ METHODS: Mapping[str, Callable[[], Estimator]] = {
     "stocbio": StocBiO,
 }
 
+# Those that have no name of their own, and how they are written.
+CLASSES = {"bome": "BOME()", "pbgd": "PBGD(gamma=...)", "averaged": "Averaged(batches=8)"}
 
-def estimator(method: str | Estimator) -> Estimator:
-    """Return the estimator that a name stands for, or the estimator itself."""
+
+def estimator(method: str | Estimator, argument: str = "method") -> Estimator:
+    """Return the estimator that a name stands for, or the estimator itself; messages call it `argument`."""
     if isinstance(method, str):
         if method not in METHODS:
-            raise InvalidValueError(f"`method` is {method!r}, expected one of {', '.join(METHODS)}")
+            instead = f"; write bilevel.{CLASSES[method.lower()]}" if method.lower() in CLASSES else ""
+            raise InvalidValueError(
+                f"`{argument}` is {method!r}, expected one of {', '.join(METHODS)}{instead or meant(method, METHODS)}"
+            )
         return METHODS[method]()
     if isinstance(method, type):
-        raise InvalidTypeError(f"`method` is the class {method.__name__}; write {_instance(method)}")
+        raise InvalidTypeError(f"`{argument}` is the class {method.__name__}; write {_instance(method)}")
     if hasattr(method, "solve"):
         raise InvalidTypeError(
-            f"`method` is {method!r}, which solves another problem; write bilevel.Implicit({method!r}) for a linear "
-            "solver, and give an inner solver to BilevelProblem"
+            f"`{argument}` is {method!r}, which solves another problem; write bilevel.Implicit({method!r}) for a "
+            "linear solver, and give an inner solver to BilevelProblem"
         )
     if not callable(method) or not _takes_a_response(method):
         raise InvalidTypeError(
-            f"`method` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "
+            f"`{argument}` is {method!r}, expected a name ({', '.join(METHODS)}) or an estimator object such as "
             "bilevel.Truncated(steps=20)"
         )
     return method

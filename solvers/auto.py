@@ -6,10 +6,12 @@ The rules, the first that applies:
    inner loss: `unroll`, which takes steps again where its graphs do not fit into half of the free memory. For a user's
    own loop `zero-order`.
 2. Autograd cannot differentiate the inner loss twice: `penalty`, or on minibatches `finite-difference`.
-3. The inner loop has differentiable steps whose graphs fit into half of the free memory: `unroll`. It is the gradient
+3. The inner data are minibatches and the inner solver needs one fixed loss, as the default L-BFGS does: `soba`, which
+   moves the inner variables itself.
+4. The inner loop has differentiable steps whose graphs fit into half of the free memory: `unroll`. It is the gradient
    of what the loop computes, converged or not.
-4. Else the implicit function theorem: `direct` up to 64 inner variables, `cg` above; on minibatches the mean of 4
-   draws.
+5. Else the implicit function theorem: `direct` up to 64 inner variables, and up to 2,000 where conjugate gradients
+   would take as many products as there are inner variables; else `cg`. On minibatches the mean of 4 draws.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ from bilevel.solvers.finite_difference import FiniteDifference
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
 from bilevel.solvers.linear import CG, Cholesky
 from bilevel.solvers.penalty import Penalty
+from bilevel.solvers.soba import SOBA
 from bilevel.solvers.unroll import Unroll
-from bilevel.solvers.zero_order import ZeroOrder
+from bilevel.solvers.zero_order import COORDINATES, DIRECTIONS, ZeroOrder
 from bilevel.vector import Vector
 
 DRAWS = 4  # minibatches averaged
 SHARE = 0.5  # of the free memory that graphs may take
 RTOL = 1e-8  # of the linear solve, for the prediction
+DENSE_AT_MOST = 2000  # inner variables; the factorization takes n³ / 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Facts:
         fixed: both losses see the same batch at every call.
         steps: of the inner loop, where they can be differentiated; None where they cannot.
         own_loop: the inner solver is a function of the user's.
+        trains: the inner solver can train on these data; False for L-BFGS on minibatches.
         decays: the inner solver shrinks weights outside of the inner loss.
         step_bytes: what the graph of one inner step holds.
         graph_bytes: what the graph of the inner gradient holds.
@@ -63,6 +68,7 @@ class Facts:
     fixed: bool = True
     steps: int | None = None
     own_loop: bool = False
+    trains: bool = True
     decays: bool = False
     step_bytes: int = 0
     graph_bytes: int = 0
@@ -92,6 +98,7 @@ class Choice:
         gradients: inner gradients beside the inner solve; None where it cannot be said.
         products: Hessian-vector or Jacobian-vector products; None likewise.
         megabytes: what graphs and matrices hold.
+        also: what else it costs, or why the products cannot be said, in words.
     """
 
     estimator: Estimator
@@ -100,11 +107,15 @@ class Choice:
     gradients: int | None
     products: int | None
     megabytes: float
+    also: str = ""
 
     def __str__(self) -> str:
         counts = ((self.gradients, "gradients"), (self.products, "Hessian-vector products"))
         predicted = [f"{count:,} {name}" for count, name in counts if count is not None]
-        return f"auto chose {self.name}: {self.why} (about {', '.join([*predicted, f'{self.megabytes:.3g} MB'])})"
+        also = [self.also] if self.also else []
+        return (
+            f"auto chose {self.name}: {self.why} (about {', '.join([*also, *predicted, f'{self.megabytes:.3g} MB'])})"
+        )
 
 
 def choose(facts: Facts) -> Choice:
@@ -113,6 +124,8 @@ def choose(facts: Facts) -> Choice:
         return _through_the_loop(facts)
     if facts.twice:
         return _first_order(facts)
+    if not facts.trains:
+        return _single_loop(facts)
     if facts.steps is not None and not facts.own_loop and facts.unrolled_bytes <= facts.budget:
         return _unrolled(
             facts, "the steps of the inner loop can be differentiated and their graphs fit into the memory"
@@ -126,10 +139,27 @@ def _through_the_loop(facts: Facts) -> Choice:
     else:
         because = "the inner solver decays weights outside of the inner loss"
     if facts.own_loop:
-        return Choice(ZeroOrder(), "zero-order", f"{because}, and it is a function of your own", None, None, 0.0)
+        why, loops = f"{because}, and it is a function of your own", f"{_loops(facts.outer):,} inner loops"
+        return Choice(ZeroOrder(), "zero-order", why, None, 0, 0.0, loops)
     if facts.steps is None:  # nothing sees them: the implicit method says so, and what to do
         return _implicit(facts)
     return _unrolled(facts, because)
+
+
+def _loops(outer: int) -> int:
+    """One for the loss; four for each of a few hyperparameters, two for each direction of many."""
+    return 1 + (4 * outer if outer <= COORDINATES else 2 * DIRECTIONS)
+
+
+def _single_loop(facts: Facts) -> Choice:
+    method = SOBA()
+    why = (
+        "the inner data are minibatches, on which the inner solver cannot train, so the method moves the inner "
+        "variables itself; inner_solver=bilevel.inner.Adam(lr=..., steps=...) would train between outer steps"
+    )
+    held = (facts.graph_bytes + 4 * facts.inner * facts.number_bytes) / 1e6
+    also = f"{method.warmup:,} steps of 2 gradients and a product in the first call, later"
+    return Choice(method, "soba", why, 2 * method.steps, method.steps + 1, held, also)
 
 
 def _unrolled(facts: Facts, why: str) -> Choice:
@@ -144,27 +174,36 @@ def _first_order(facts: Facts) -> Choice:
     held = facts.graph_bytes / 1e6
     if facts.fixed and not facts.own_loop:
         why = f"{facts.twice}, and the inner problem can be solved with a part of the outer loss added"
-        return Choice(Penalty(), "penalty", why, None, 0, held)
-    return Choice(FiniteDifference(), "finite-difference", facts.twice, None, 0, held)
+        return Choice(Penalty(), "penalty", why, None, 0, held, "4 inner solves, warm")
+    return Choice(FiniteDifference(), "finite-difference", facts.twice, 50, 0, held)
 
 
 def _implicit(facts: Facts) -> Choice:
-    n = facts.inner
-    dense = n <= DENSE_UP_TO
+    n, steps = facts.inner, _steps(facts)
+    few, matrix = n <= DENSE_UP_TO, n * n * facts.number_bytes
+    dense = few or (n <= DENSE_AT_MOST and steps is not None and steps >= n and matrix <= facts.budget)
     method = Implicit(Cholesky() if dense else CG())
-    name, products = ("direct", n) if dense else ("cg", _steps(facts))
-    why = f"{n:,} inner variables, " + ("few enough for a dense Hessian" if dense else "too many for a dense Hessian")
-    matrix = n * n * facts.number_bytes if dense else 0
-    held = (facts.graph_bytes + matrix) / 1e6
+    name, products = ("direct", n) if dense else ("cg", steps)
+    why, also = f"{n:,} inner variables, too many for a dense Hessian", ""
+    if dense:
+        why = f"{n:,} inner variables, " + (
+            "few enough for a dense Hessian" if few else "for which conjugate gradients would take more products"
+        )
+    elif steps is None:
+        also = (
+            "as many products as conjugate gradients need: about 10 sqrt(condition), which cannot be told at the start"
+        )
+    held = (facts.graph_bytes + (matrix if dense else 0)) / 1e6
     if facts.fixed:
-        return Choice(method, name, why, 2, products, held)
+        return Choice(method, name, why, 2, products, held, also)
     why += f"; minibatches: the mean of {DRAWS} draws"
     many = None if products is None else DRAWS * products
-    return Choice(Averaged(DRAWS, method), f"the mean of {DRAWS} draws of {name}", why, 2 * DRAWS, many, held)
+    also = f"{DRAWS} times {also}" if also else ""
+    return Choice(Averaged(DRAWS, method), f"the mean of {DRAWS} draws of {name}", why, 2 * DRAWS, many, held, also)
 
 
 def _steps(facts: Facts) -> int | None:
-    """Conjugate gradients shrink the error by (√κ - 1)/(√κ + 1) a product, κ the condition number."""
+    """Conjugate gradients shrink the error by (√κ - 1)/(√κ + 1) a product, κ the condition number; n at most."""
     if facts.condition is None:
         return None
     return min(facts.inner, math.ceil(0.5 * math.sqrt(facts.condition) * math.log(2.0 / RTOL)) + 1)

@@ -20,6 +20,7 @@ D = torch.float64
 SMALL, LARGE = Facts(inner=20, outer=5), Facts(inner=10_000, outer=5, condition=100.0, graph_bytes=2_000_000)
 LOOP = replace(LARGE, steps=1000, step_bytes=1_000_000, free_bytes=8_000_000_000)  # graphs of 1 GB
 TIGHT = replace(LOOP, free_bytes=1_000_000_000)  # 0.5 GB may be taken
+HARD = replace(LARGE, inner=200, condition=1e6)  # 9,560 products for eight digits
 RATES: Any = {"hidden": ("hparams['lr']",)}
 
 
@@ -39,6 +40,11 @@ RATES: Any = {"hidden": ("hparams['lr']",)}
         (replace(LOOP, own_loop=True, **RATES), "zero-order", "a function of your own"),
         (replace(LARGE, **RATES), "cg", "too many"),  # L-BFGS has no such setting: the error names what to do
         (replace(LOOP, decays=True), "unroll", "decays weights outside"),
+        (replace(LARGE, trains=False, fixed=False), "soba", "the method moves the inner variables itself"),
+        (replace(LARGE, trains=False, fixed=False, twice="fused attention"), "finite-difference", "fused attention"),
+        (HARD, "direct", "conjugate gradients would take more products"),
+        (replace(HARD, inner=5000), "cg", "too many for a dense Hessian"),
+        (replace(HARD, free_bytes=500_000), "cg", "too many for a dense Hessian"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -56,6 +62,18 @@ def test_predicted_costs() -> None:
     tight = choose(replace(TIGHT, **RATES))
     assert (tight.gradients, tight.products, tight.megabytes) == (2000, 1000, 500.0)
     assert choose(replace(LARGE, fixed=False)).products == 4 * 97
+    assert choose(HARD).products == 200 and choose(HARD).megabytes == pytest.approx(2.0 + 200 * 200 * 8 / 1e6)
+
+
+def test_what_cannot_be_counted_is_said() -> None:
+    unknown = replace(LARGE, condition=None)
+    assert choose(unknown).products is None and "sqrt(condition), which cannot be told" in str(choose(unknown))
+    assert "4 times as many products as" in str(choose(replace(unknown, fixed=False)))
+    own = replace(LOOP, own_loop=True, **RATES)
+    assert "(about 21 inner loops, " in str(choose(own))  # one, and four for each of 5 hyperparameters
+    assert "(about 33 inner loops, " in str(choose(replace(own, outer=100)))
+    assert "1,000 steps of 2 gradients and a product in the first call" in str(choose(replace(LARGE, trains=False)))
+    assert "4 inner solves, warm" in str(choose(replace(LARGE, twice="fused attention")))
 
 
 RIDGE = next(iter(known_problems()))
@@ -127,6 +145,22 @@ def test_minibatches_are_averaged_where_the_loop_cannot_be_unrolled() -> None:
     choice = choose(measured(problem))
     assert isinstance(choice.estimator, Averaged)
     assert str(problem.position()) == position and torch.equal(torch.get_rng_state(), random)
+
+
+def test_minibatches_without_an_inner_solver_get_a_single_loop() -> None:
+    """The default inner solver is L-BFGS, which refuses minibatches."""
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0), dtype=D)
+    problem = BilevelProblem(
+        lambda w, h, b: ((b[0] @ w - 1.0) ** 2).mean() + h * (w**2).sum(),
+        lambda w, h, b: ((b[0] @ w - 1.0) ** 2).mean(),
+        torch.zeros(3, dtype=D),
+        positive(0.1),
+        inner_data=DataLoader(TensorDataset(x), batch_size=16, shuffle=True),
+        outer_data=(x,),
+    )
+    assert choose(measured(problem)).estimator == bilevel.SOBA()
+    report = bilevel.check(problem, "auto")
+    assert report.ok and any("auto chose soba" in finding.message for finding in report.findings)
 
 
 def test_a_loss_without_second_derivative_gets_a_first_order_method() -> None:

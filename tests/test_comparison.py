@@ -92,7 +92,7 @@ def test_costs_are_those_of_the_method_alone() -> None:
     assert n + 1 <= found["direct"].products <= n + 6  # the dense Hessian, the pull-back, the certificate
     assert found["unroll"].products == steps
     assert found["unroll"].gradients >= steps > found["direct"].gradients
-    assert found["unroll"].megabytes > found["truncated"].megabytes > 0.0
+    assert (found["unroll"].megabytes or 0.0) > (found["truncated"].megabytes or 0.0) > 0.0
 
 
 def test_nothing_of_the_users_moves() -> None:
@@ -110,11 +110,76 @@ def test_nothing_of_the_users_moves() -> None:
     )
     state = {name: t.clone() for name, t in model.state_dict().items()}
     random, position = torch.get_rng_state(), problem.position()
-    first = compare(problem, ["cg", "unroll"])
+    first = compare(problem, ["cg", "unroll"], reference="direct")
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and str(problem.position()) == str(position)
-    again = compare(problem, ["cg", "unroll"])
+    again = compare(problem, ["cg", "unroll"], reference="direct")
     assert [r.error for r in first.rows] == [r.error for r in again.rows]  # the same batches and masks
+
+
+def minibatch_ridge(solver: Any = None) -> tuple[BilevelProblem, float]:
+    """Return ridge regression on 3 + 2 minibatches, the last ones smaller, and dF/dh over all rows."""
+    dice = torch.Generator().manual_seed(0)
+    x, xv = (torch.randn(n, 3, generator=dice, dtype=torch.float64) for n in (20, 12))
+    y, yv, strength = x.sum(1).sin(), xv.sum(1).sin(), 0.3
+    loaders = [DataLoader(TensorDataset(*tensors), batch_size=8, shuffle=True) for tensors in ((x, y), (xv, yv))]
+    problem = BilevelProblem(
+        lambda w, h, b: ((b[0] @ w - b[1]) ** 2).mean() + h * w.square().sum(),
+        lambda w, h, b: ((b[0] @ w - b[1]) ** 2).mean(),
+        torch.zeros(3, dtype=torch.float64),
+        positive(strength),
+        inner_solver=solver,
+        inner_data=loaders[0],
+        outer_data=loaders[1],
+    )
+    hessian = 2.0 * (x.T @ x / 20 + strength * torch.eye(3, dtype=torch.float64))
+    w = torch.linalg.solve(hessian, 2.0 * x.T @ y / 20)
+    adjoint = torch.linalg.solve(hessian, 2.0 * xv.T @ (xv @ w - yv) / 12)
+    return problem, float(-2.0 * adjoint @ w)
+
+
+def test_minibatches_are_held_against_all_data() -> None:
+    problem, truth = minibatch_ridge(inner.SGD(lr=0.1, steps=5))
+    found = compare(problem, {"direct": "direct", "unroll": "unroll", "soba": bilevel.SOBA(warmup=50)}, memory=False)
+    assert "of all 3 + 2 minibatches" in found.reference and "verdict exact" in found.reference
+    for row in found.rows:
+        assert row.error == pytest.approx(abs(float(row.gradient) / truth - 1.0), rel=1e-6, abs=1e-6)
+
+
+def test_what_refuses_is_a_line_and_one_reason_stands_once() -> None:
+    """The default inner solver, L-BFGS, cannot train on minibatches; single-loop methods need none."""
+    problem, truth = minibatch_ridge()
+    methods: Any = {"soba": bilevel.SOBA(warmup=50), "direct": "direct", "minres": "minres", "unroll": "unroll"}
+    found = compare(problem, methods, repeats=1)
+    soba, *refused = found.rows
+    assert [row.verdict for row in refused] == ["refused"] * 3 and found.inner == ""
+    assert soba.error == pytest.approx(abs(float(soba.gradient) / truth - 1.0), rel=1e-6)
+    assert "direct, minres: L-BFGS needs one fixed inner loss" in found.table()
+    assert found.table().count("L-BFGS needs one fixed inner loss") == 1
+
+
+def test_without_a_reference_that_can_be_trusted_there_are_no_errors() -> None:
+    """The inner loss knows two weights by their sum only: there is no one minimum to differentiate."""
+    start: Any = (torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), positive(0.3))
+    losses: Any = (lambda w, h: h * (w[0] - 1.0) ** 2 + (w[1] + w[2] - 1.0) ** 2, lambda w, h: w.square().sum())
+    own = BilevelProblem(*losses, *start, lambda w, h: w + 1.0)
+    found = compare(own, ["direct"], memory=False)
+    assert found.rows[0].error is None and found.rows[0].cosine is None and found.rows[0].megabytes is None
+    assert found.reference.startswith("none, so there are no errors: ") and "is untrusted" in found.reference
+    assert found.table().splitlines()[2].split("|")[2].strip() == "-"
+    with pytest.raises(InvalidValueError, match="nothing to draw"):
+        found.plot()
+    loop = BilevelProblem(*losses, *start, inner.SGD(lr=0.1, steps=3))
+    unrolled = compare(loop, ["direct", "unroll"], memory=False)
+    assert "unroll, because the implicit hypergradient" in unrolled.reference and unrolled.rows[1].error == 0.0
+
+
+def test_a_hypergradient_is_a_reference_too() -> None:
+    problem = RIDGE.problem()
+    given = bilevel.hypergradient(problem, "direct")
+    found = compare(problem, ["direct"], reference=given, seed=3)
+    assert found.rows[0].error is not None and found.rows[0].error < 1e-8
+    assert found.reference == "the hypergradient given, verdict exact" and found.conditions.startswith("seed 3; ")
 
 
 def test_the_table_is_markdown() -> None:
@@ -139,8 +204,14 @@ def test_bad_methods_are_refused() -> None:
         compare(RIDGE.problem(), "cg")
     with pytest.raises(InvalidValueError, match="`methods` is empty"):
         compare(RIDGE.problem(), [])
-    with pytest.raises(InvalidValueError, match="expected one of implicit"):
-        compare(RIDGE.problem(), ["conjugate"])
+    with pytest.raises(InvalidValueError, match=r'expected one of implicit.*; did you mean "unroll"'):
+        compare(RIDGE.problem(), ["unrol"])
+    with pytest.raises(InvalidValueError, match=r"write bilevel.BOME\(\)"):
+        compare(RIDGE.problem(), ["bome"])
+    with pytest.raises(InvalidValueError, match="`reference` is 'exact'"):
+        compare(RIDGE.problem(), ["cg"], reference="exact")
+    with pytest.raises(InvalidValueError, match="`repeats` is 0"):
+        compare(RIDGE.problem(), ["cg"], repeats=0)
 
 
 FILE = """

@@ -58,6 +58,7 @@ FLOORS = {
     "bilevel.outer": 5,
     "bilevel.testing": 5,
     "bilevel.bench": 5,
+    "bilevel.reference": 5,
     "bilevel.method_table": 5,
     "bilevel.comparison": 6,
     "bilevel.gradient_check": 6,
