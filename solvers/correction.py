@@ -28,7 +28,9 @@ LOOSE = 0.3  # what a solve may leave, relative to its answer
 # Products of a solve: the smallest curvature takes a few to be seen; half of what the hypergradient took is allowed.
 FEWEST, MOST = 8, 30
 CLEAR = 1e-5  # a bound below this settles it: a hundredth of the error that "exact" allows
-# Relative change of a hypergradient over that of w, where w' is not known: it was above 10 in one problem of a hundred.
+MEASURED = 1e-4  # so does a change below this, measured as far away as the inner solution may be
+# Relative change of a hypergradient over that of w, where it is not measured: above 10 in one problem of a hundred, and
+# without a limit where ∂f/∂w vanishes at the inner solution.
 SENSITIVITY = 10.0
 # A method that approximates by design does so in the adjoint; an inner solution further off than this, relative, is no
 # design. The estimate leaves out what is of second order in that distance: of 787 Neumann series on problems that were
@@ -145,6 +147,55 @@ def factored(inverse: Callable[[Vector], Vector], curvature: float) -> Solve:
     return lambda r, scale, settled: Solved(inverse(r), zeros_like(r), curvature)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What `correct` was given."""
+
+    lower: Vector
+    upper: Vector
+    gradient: Vector
+    adjoint: Vector
+    here: Equation
+    there: Callable[[Vector], Equation]
+    response: Response
+
+    def size(self, gradient: Vector) -> float:
+        """Return what an error of the hypergradient is held against."""
+        return max(float(norm(gradient)), self.response.gradient_floor)
+
+    def gain(self) -> float:
+        """Return |(∂R/∂λ)^T v| / |v|, a lower bound of the norm of ∂R/∂λ."""
+        direct = self.here.outer.upper
+        through = {n: t if (d := direct[n]) is None else t - d for n, t in self.gradient.items()}
+        return ratio(float(norm(through)), float(norm(self.adjoint)))
+
+    def step(self, solve: Solve) -> tuple[Solved, float]:
+        """Return H^-1 R, and where it was not solved for, how much it changes the hypergradient at most."""
+        residual, scale, far = self.here.residual, self.here.scale, float(norm(self.lower))
+        found = solve(residual, scale, lambda bound: SENSITIVITY * ratio(bound(residual), far) <= CLEAR)
+        if _any(found.value) or not _any(residual) or not 0.0 < found.curvature < math.inf:
+            return found, 0.0
+        change = ratio(self._change_within(1.0 / found.curvature), self.size(self.gradient))
+        if change > MEASURED:
+            found = solve(residual, scale, lambda bound: False)
+        return found, 0.0 if _any(found.value) else change
+
+    def _change_within(self, longest: float) -> float:
+        """Return how much a correction with `longest` for the inverse changes the hypergradient.
+
+        No eigenvalue of the inverse is larger, so nothing that a real correction moves is moved less far. A relative
+        change of w does not tell where ∂f/∂w nearly vanishes: with data without noise it is all made of the error of w.
+        """
+        try:
+            away = self.there(axpy(-longest, self.here.residual, self.lower))
+            change = subtract(away.defect(self.adjoint), self.here.defect(self.adjoint))
+            through = away.through(axpy(longest, change, self.adjoint))
+            moved = add_terms(self.response, away.outer.upper, through, self.upper, "")
+        except NonFiniteError:
+            return math.inf
+        return float(norm(subtract(self.gradient, moved))) + self.gain() * longest * float(norm(change))
+
+
 def correct(
     lower: Vector,
     upper: Vector,
@@ -171,11 +222,11 @@ def correct(
         solve: for H.
         solve_adjoint: for the adjoint equation, where its form is another.
     """
-    solve_adjoint = solve_adjoint or solve
-    size, far = max(float(norm(gradient)), response.gradient_floor), float(norm(lower))
-    step = solve(here.residual, here.scale, lambda bound: SENSITIVITY * ratio(bound(here.residual), far) <= CLEAR)
-    corrected = detach(subtract(lower, step.value))
-    moves = float(norm(step.value)) > 0.0
+    given = _Given(lower, upper, gradient, adjoint, here, there, response)
+    step, within = given.step(solve)
+    corrected, moves = detach(subtract(lower, step.value)), _any(step.value)
+    # Once moved, the defect may lie where λ does not reach but through the inverse.
+    gain = given.gain() if moves else 0.0
     try:
         equation = there(corrected) if moves else here
         defect = equation.defect(adjoint)
@@ -183,19 +234,24 @@ def correct(
 
         def settled(bound: Bound) -> bool:
             reach.update(present(equation.through(defect)))
-            return ratio(bound(reach), size) <= CLEAR
+            return ratio(bound(reach) + gain * bound(defect), given.size(gradient)) <= CLEAR
 
-        change = solve_adjoint(defect, float(norm(equation.outer.lower)), settled)
+        change = (solve_adjoint or solve)(defect, float(norm(equation.outer.lower)), settled)
         better = gradient
-        if moves or float(norm(change.value)) > 0.0:
+        if moves or _any(change.value):
             through = equation.through(axpy(1.0, adjoint, change.value))
             better = add_terms(response, equation.outer.upper, through, upper, "")
     except NonFiniteError:
         return None
     if change.left is not defect:
-        reach = present(equation.through(change.left)) if float(norm(change.left)) > 0.0 else {}
-    missing = change.missing(reach)
-    size, far = max(float(norm(better)), response.gradient_floor), float(norm(corrected))
-    astray = SENSITIVITY * ratio(step.missing(step.left), far)
-    error = ratio(float(norm(subtract(gradient, better))) + missing, size) + astray
-    return Correction(error, ratio(float(norm(step.value)), far) + astray) if math.isfinite(error) else None
+        reach = present(equation.through(change.left)) if _any(change.left) else {}
+    size, far = given.size(better), float(norm(corrected))
+    changed, moved = ratio(float(norm(subtract(gradient, better))), size), ratio(float(norm(step.value)), far)
+    beyond = ratio(step.missing(step.left), far)
+    sensitivity = max(SENSITIVITY, ratio(changed, moved)) if moves else SENSITIVITY
+    error = changed + ratio(change.missing(reach), size) + max(within, sensitivity * beyond)
+    return Correction(error, moved + SENSITIVITY * beyond) if math.isfinite(error) else None
+
+
+def _any(v: Vector) -> bool:
+    return float(norm(v)) > 0.0

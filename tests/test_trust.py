@@ -240,6 +240,26 @@ def test_an_inner_problem_that_has_not_converged_is_flagged(method: str) -> None
         assert error / 3.0 <= found.certificate.error <= 100.0 * error
 
 
+@pytest.mark.parametrize("rtol", [1e-6, 1e-8])
+@pytest.mark.parametrize("method", ["cg", "minres", "gmres", "direct", "neumann", "nystrom", "shine", "fixed-point"])
+def test_data_without_noise_hide_no_error(method: str, rtol: float) -> None:
+    """∂f/∂w nearly vanishes at the solution, so that a small error of w is a large one of the hypergradient."""
+    dice = Dice(0)
+    X, X_val, w = dice.normal(32, 8), dice.normal(32, 8), dice.normal(8)
+    known = KnownProblem(
+        "noise-free ridge",
+        lambda v, h: ((X @ (v - w)) ** 2).mean() + h * (v**2).sum(),
+        lambda v, h: ((X_val @ (v - w)) ** 2).mean(),
+        torch.zeros(8, dtype=D),
+        bilevel.positive(1e-6),
+    )
+    found = at(known.problem(inner.LBFGS(rtol=rtol)), method)
+    error = relative_error(found.gradient, known.truth.gradient)
+    assert error > 1e-5
+    assert found.certificate.error is not None
+    assert error / 3.0 <= found.certificate.error <= 100.0 * error
+
+
 @pytest.mark.parametrize("solver", [CG, MINRES, GMRES])
 def test_a_solver_stopped_early_is_flagged(solver: Any) -> None:
     problem, point = quadratic([10.0**-e for e in torch.linspace(0.0, 4.0, 30).tolist()])
