@@ -160,16 +160,23 @@ def test_what_refuses_is_a_line_and_one_reason_stands_once() -> None:
 
 def test_without_a_reference_that_can_be_trusted_there_are_no_errors() -> None:
     """The inner loss knows two weights by their sum only: there is no one minimum to differentiate."""
-    start: Any = (torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), positive(0.3))
-    losses: Any = (lambda w, h: h * (w[0] - 1.0) ** 2 + (w[1] + w[2] - 1.0) ** 2, lambda w, h: w.square().sum())
-    own = BilevelProblem(*losses, *start, lambda w, h: w + 1.0)
+    def with_solver(solver: Any) -> BilevelProblem:
+        return BilevelProblem(
+            lambda w, h: h * (w[0] - 1.0) ** 2 + (w[1] + w[2] - 1.0) ** 2,
+            lambda w, h: w.square().sum(),
+            torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64),
+            positive(0.3),
+            solver,
+        )
+
+    own = with_solver(lambda w, h: w + 1.0)
     found = compare(own, ["direct"], memory=False)
     assert found.rows[0].error is None and found.rows[0].cosine is None and found.rows[0].megabytes is None
     assert found.reference.startswith("none, so there are no errors: ") and "is untrusted" in found.reference
     assert found.table().splitlines()[2].split("|")[2].strip() == "-"
     with pytest.raises(InvalidValueError, match="nothing to draw"):
         found.plot()
-    loop = BilevelProblem(*losses, *start, inner.SGD(lr=0.1, steps=3))
+    loop = with_solver(inner.SGD(lr=0.1, steps=3))
     unrolled = compare(loop, ["direct", "unroll"], memory=False)
     assert "unroll, because the implicit hypergradient" in unrolled.reference and unrolled.rows[1].error == 0.0
 
