@@ -214,6 +214,10 @@ def _reference(bench: Bench, given: Any) -> Reference:
         verdict = found.certificate.verdict
         doubt = "" if found.certificate.trusted else ", so what stands under error is a distance from it"
         return Reference(found.gradient, f"{_words(given)}, verdict {verdict}{doubt}")
+    if isinstance(given, (bool, int, float)):
+        raise InvalidTypeError(
+            f"`reference` is {given!r}, expected a method, a Hypergradient, or a gradient in the structure of `hparams`"
+        )
     return Reference(layout.read(given, "`reference`"), "the gradient that was given")
 
 

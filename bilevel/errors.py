@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -26,6 +27,21 @@ def meant(word: object, known: Iterable[str]) -> str:
     words = {w.lower().replace("_", "-"): w for w in known}
     close = get_close_matches(str(word).lower().replace("_", "-"), words, n=1)
     return f'; did you mean "{words[close[0]]}"?' if close else ""
+
+
+@contextmanager
+def noting(name: str, arguments: str, hparams: Any = None) -> Iterator[None]:
+    """Add to any error inside that it came up in a function of the user's, and which keys `hparams` has."""
+    begin = f"bilevel: while evaluating `{name}`"
+    try:
+        yield
+    except Exception as error:
+        if not any(note.startswith(begin) for note in getattr(error, "__notes__", ())):
+            error.add_note(f"{begin}, called with ({arguments})")
+        if isinstance(error, KeyError) and isinstance(hparams, dict) and error.args[0] not in hparams:
+            there = ", ".join(map(repr, hparams))
+            error.add_note(f"bilevel: the keys of `hparams` are {there}{meant(error.args[0], map(str, hparams))}")
+        raise
 
 
 class InvalidValueError(BilevelError, ValueError):

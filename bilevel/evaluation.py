@@ -16,6 +16,7 @@ from bilevel.errors import (
     InvalidValueError,
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
+    meant,
 )
 from bilevel.inner import InnerSolver
 from bilevel.inner.base import Decay
@@ -162,6 +163,7 @@ def check_on_untrusted(on_untrusted: str) -> None:
     if on_untrusted not in get_args(OnUntrusted):
         raise InvalidValueError(
             f"`on_untrusted` is {on_untrusted!r}, expected one of {', '.join(get_args(OnUntrusted))}"
+            f"{meant(on_untrusted, get_args(OnUntrusted))}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError, meant
 from bilevel.vector import Vector, is_finite
 
 
@@ -93,9 +93,10 @@ class Variables(Lent):
         extra = [name for name in vector if name not in self.start]
         if missing or extra:
             told = [f"missing: {missing}"] * bool(missing) + [f"not expected: {extra}"] * bool(extra)
+            instead = meant(extra[0], missing) if extra else ""
             raise InvalidValueError(
                 f"{source} has {len(vector)} tensors for the {len(self.start)} of `{self.role}` "
-                f"({'; '.join(told)}); give the structure that `{self.role}` has"
+                f"({'; '.join(told)}); give the structure that `{self.role}` has{instead}"
             )
         for name, expected in self.start.items():
             _check_like(vector[name], expected, f"{source}: {self.label(name)}")

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, noting
 from bilevel.vector import Vector, dense
 
 
 def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tensor:
     """Return what a loss of the user's returns, checked; an error of its own gets a note where it came from."""
-    try:
+    with noting(name, ", ".join(("params", "hparams", "batch")[: len(given)]), given[1]):
         value = loss(*given)
-    except Exception as error:
-        arguments = ", ".join(("params", "hparams", "batch")[: len(given)])
-        error.add_note(f"bilevel: while evaluating `{name}`, called with ({arguments})")
-        raise
     if not isinstance(value, Tensor):
         hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
         raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")

@@ -22,6 +22,7 @@ from bilevel.errors import (
     NonFiniteError,
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
+    meant,
 )
 from bilevel.evaluation import (
     Evaluator,
@@ -211,7 +212,7 @@ def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Est
     if isinstance(given, str) and given != "lbfgs":
         raise InvalidValueError(
             f'`outer_optimizer` is {given!r}, expected "lbfgs", a torch.optim class, or a factory such as '
-            "lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
+            "lambda tensors: torch.optim.Adam(tensors, lr=0.05)" + meant(given, ["lbfgs"])
         )
     if isinstance(given, torch.optim.Optimizer):
         raise InvalidTypeError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, InvalidValueError
 from bilevel.solution import QUANTILES, SHOWN_ONE_BY_ONE, Record
 
 if TYPE_CHECKING:
@@ -20,6 +21,19 @@ def new_figure(columns: int, width: float = 4.6, height: float = 3.6) -> tuple[F
         raise BilevelError('pictures need matplotlib; write: pip install "bilevel[plot]"') from error
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def check_picture(path: str, argument: str) -> None:
+    """Raise now rather than after the work if a picture cannot be written there."""
+    figure, _ = new_figure(1)
+    folder, kind = Path(path).absolute().parent, Path(path).suffix.lower().lstrip(".")
+    kinds = figure.canvas.get_supported_filetypes()
+    if not folder.is_dir():
+        raise InvalidValueError(f"{argument} {path}: there is no folder {Path(path).parent}")
+    if Path(path).is_dir():
+        raise InvalidValueError(f"{argument} {path}: that is a folder; name a file, such as methods.png")
+    if kind and kind not in kinds:  # matplotlib writes a name without an ending as PNG
+        raise InvalidValueError(f"{argument} {path}: there are no pictures of kind .{kind}, only {', '.join(kinds)}")
 
 
 def plot_run(records: list[Record]) -> Figure:

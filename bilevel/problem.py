@@ -55,6 +55,8 @@ class BilevelProblem:
 
     inner_name: str = "inner_loss"
     """What messages call the inner loss."""
+    params_name: str = "params"
+    """What messages call the inner variables."""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class BilevelProblem:
         inner_data: Any = None,
         outer_data: Any = None,
     ) -> None:
-        self.params: Variables = variables(params, "params")
+        self.params: Variables = variables(params, self.params_name)
         first = next(iter(self.params.start.values()))
         self.hparams = Hyperparameters(hparams, like=first)
         _check_together(self.hparams.layout, first)
@@ -167,6 +169,15 @@ def _check_together(hparams: Variables, first: Tensor) -> None:
             )
 
 
+def refuse_linear(solver: Any, name: str) -> None:
+    """Raise for a linear solver in the place of an inner one."""
+    if hasattr(solver, "truncates"):
+        raise InvalidTypeError(
+            f"`{name}` is {solver!r}, which solves linear systems and trains nothing; write "
+            f"method=bilevel.Implicit({solver!r})"
+        )
+
+
 def _as_solver(solver: Any, with_data: bool) -> InnerSolver:
     if solver is None:
         return LBFGS()
@@ -177,6 +188,7 @@ def _as_solver(solver: Any, with_data: bool) -> InnerSolver:
             f"bilevel.inner.{name}(...)"
         )
     if hasattr(solver, "solve"):
+        refuse_linear(solver, "inner_solver")
         return solver  # type: ignore[no-any-return]
     custom = Custom(solver)
     _check_arguments(solver, "inner_solver", ["params", "hparams", "data"][: 3 if with_data else 2], "inner_data")

@@ -97,7 +97,9 @@ class ProblemResponse(Stepping):
         self.inner_loss = float(value.detach())
         if not math.isfinite(self.inner_loss):
             raise NonFiniteError(
-                f"the inner loss is {self.inner_loss} at the inner solution; {NAN_ADVICE}", "inner loss"
+                f"{self._problem.inner_name.replace('inner_loss', 'the inner loss')} is {self.inner_loss} at the inner "
+                f"solution; {NAN_ADVICE}",
+                "inner loss",
             )
         return gradient
 

@@ -22,6 +22,7 @@ from bilevel.solvers.base import Response, State
 from bilevel.solvers.differences import Differences
 from bilevel.solvers.implicit import differentiate
 from bilevel.solvers.linear import LinearSolver, Neumann
+from bilevel.solvers.linear.base import linear_solver_meant
 from bilevel.vector import Vector
 
 _IDENTITY = Terms("4 gradients, and about 50 for the certificate", "nothing", "‖I - αH‖", "Liu et al. 2019")
@@ -58,7 +59,8 @@ class FiniteDifference:
         given = self.linear_solver
         if given is not None and (isinstance(given, type) or not hasattr(given, "solve")):
             raise InvalidTypeError(
-                f"`linear_solver` is {given!r}, expected an object with a solve method, such as bilevel.CG(rtol=1e-6)"
+                f"`linear_solver` is {given!r}, expected an object with a solve method, such as "
+                f"{linear_solver_meant(given)}"
             )
         check_step("step_size", self.step_size)
         check_step("step", self.step)

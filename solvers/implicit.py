@@ -33,7 +33,7 @@ from bilevel.solvers.base import (
 )
 from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
-from bilevel.solvers.linear.base import EXPLANATIONS, FATAL, dtype_of
+from bilevel.solvers.linear.base import EXPLANATIONS, FATAL, dtype_of, linear_solver_meant
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.solvers.refined import Seen, in_float64, short_of_digits
 from bilevel.vector import Vector, cast, dot, norm, subtract
@@ -69,7 +69,8 @@ class Implicit:
             raise InvalidTypeError(f"`linear_solver` is the class {given.__name__}; write bilevel.{given.__name__}()")
         if given is not None and not hasattr(given, "solve"):
             raise InvalidTypeError(
-                f"`linear_solver` is {given!r}, expected an object with a solve method, such as bilevel.CG(rtol=1e-6)"
+                f"`linear_solver` is {given!r}, expected an object with a solve method, such as "
+                f"{linear_solver_meant(given)}"
             )
 
     @property

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient, judge
-from bilevel.errors import InvalidValueError, NonFiniteError
+from bilevel.errors import InvalidValueError, NonFiniteError, meant
 from bilevel.solvers.about import About, Terms
 from bilevel.solvers.base import (
     OuterGradient,
@@ -83,7 +83,8 @@ class Penalty:
             raise InvalidValueError(f"`sigma` is {given!r}, expected a number above 0, or None")
         if self.form not in get_args(Form):
             raise InvalidValueError(
-                f"`form` is {self.form!r}, expected one of {', '.join(get_args(Form))}{_MOVING.get(self.form, '')}"
+                f"`form` is {self.form!r}, expected one of {', '.join(get_args(Form))}"
+                f"{_MOVING.get(self.form) or meant(self.form, get_args(Form))}"
             )
 
     @property

@@ -160,6 +160,7 @@ def test_what_refuses_is_a_line_and_one_reason_stands_once() -> None:
 
 def test_without_a_reference_that_can_be_trusted_there_are_no_errors() -> None:
     """The inner loss knows two weights by their sum only: there is no one minimum to differentiate."""
+
     def with_solver(solver: Any) -> BilevelProblem:
         return BilevelProblem(
             lambda w, h: h * (w[0] - 1.0) ** 2 + (w[1] + w[2] - 1.0) ** 2,
@@ -232,9 +233,16 @@ problem = bilevel.BilevelProblem(
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "train.py", tmp_path / "methods.png"
     file.write_text(FILE)
-    assert main(["compare", f"{file}:problem", "--methods", "direct", "cg", "--plot", str(picture)]) == 0
+    assert main(["compare", f"{file}:problem", "--methods", "direct", "cg", "--no-memory", "--plot", str(picture)]) == 0
     said = capsys.readouterr().out
     assert "| direct" in said and "| cg" in said and "reference: implicit" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["compare", f"{file}:problem", "--plot", str(tmp_path / "no" / "such.png")]) == 2
     assert "there is no folder" in capsys.readouterr().err
+    assert main(["compare", f"{file}:problem", "--plot", str(tmp_path / "x.foo")]) == 2
+    out, err = capsys.readouterr()
+    assert "no pictures of kind .foo, only " in err and "png" in err and out == ""
+    assert main(["compare", f"{file}:problem", "--methods", "unrol"]) == 2
+    assert 'did you mean "unroll"?' in capsys.readouterr().err
+    assert main(["check", f"{file}:problem", "--method", "implict"]) == 2
+    assert 'did you mean "implicit"?' in capsys.readouterr().err

@@ -15,7 +15,7 @@ from bilevel.differentiable.newton import Found, Newton
 from bilevel.differentiable.problems import LossResponse, ResidualResponse
 from bilevel.differentiable.trust import Trust
 from bilevel.differentiable.unrolled import unrolled
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, noting
 from bilevel.evaluation import check_decay, check_on_untrusted
 from bilevel.inner import InnerSolver
 from bilevel.operators import LinearOperator
@@ -188,7 +188,7 @@ def _find(solver: Any, response: ResidualResponse, lower: Vector, arguments: Arg
             f"`solver` is {solver!r}, expected bilevel.Newton(), bilevel.Anderson() or a function (start, *args) -> x"
         )
     params = response.params
-    with arguments.bound({}) as given:
+    with arguments.bound({}) as given, noting("solver", "start, *args"):
         returned = solver(params.export(lower), *given)
     return Found(detach(params.read(returned, "what `solver` returned")), 1)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
 
 from bilevel.differentiable.arguments import Arguments
-from bilevel.errors import InvalidTypeError
+from bilevel.errors import InvalidTypeError, noting
 from bilevel.hyperparameters import real
 from bilevel.inner import LBFGS, Custom, InnerSolver
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BilevelProblem, refuse_linear
 from bilevel.response import ProblemResponse
 from bilevel.solvers.linear.base import dtype_of
 from bilevel.vector import Vector, subtract
@@ -27,21 +27,31 @@ RTOL = {torch.float64: 1e-12, torch.float32: 1e-6}
 class LossResponse(ProblemResponse):
     """`loss(params, *args)` as the inner problem of a bilevel one, whose `hparams` are the arguments."""
 
+    kind = BilevelProblem
+
     def __init__(
         self, loss: Callable[..., Tensor], params: Any, arguments: Arguments, solver: Any = None, name: str = "loss"
     ) -> None:
         def inner_loss(w: Any, args: Any) -> Tensor:
-            return loss(w, *args)
+            with noting(name, "params, *args"):
+                return loss(w, *args)
 
+        refuse_linear(solver, "solver")
         function = solver
 
         def fit(w: Any, args: Any) -> Any:
-            return function(w, *args)
+            with noting("solver", "params, *args"):
+                return function(w, *args)
 
         if solver is not None and not hasattr(solver, "solve"):
-            solver = Custom(fit if callable(solver) else solver, name="solver")
+            if not callable(solver):
+                raise InvalidTypeError(
+                    f"`solver` is a {type(solver).__name__}, expected None, a solver of bilevel.inner "
+                    "(inner.SGD(lr=0.1, steps=100)), or a function (params, *args) -> params"
+                )
+            solver = Custom(fit, name="solver")
         # real(0.0) stands in for the arguments, which are of all kinds: `_hparams` lends those in its place.
-        problem = BilevelProblem(inner_loss, inner_loss, params, real(0.0), solver)
+        problem = self.kind(inner_loss, inner_loss, params, real(0.0), solver)
         problem.inner_name = name
         exact = LBFGS(RTOL.get(dtype_of(problem.params.start))) if solver is None else None
         super().__init__(problem, inner_solver=exact)
@@ -68,8 +78,16 @@ class LossResponse(ProblemResponse):
         return self._solver
 
 
+class Started(BilevelProblem):
+    """A problem whose variables are called `start`, as in `root` and `fixed_point`."""
+
+    params_name = "start"
+
+
 class ResidualResponse(LossResponse):
     """R(x, *args) for a user's function: a residual, or a map whose fixed point is wanted (then R = x - map)."""
+
+    kind = Started
 
     def __init__(self, function: Callable[..., Any], start: Any, arguments: Arguments, name: str) -> None:
         super().__init__(function, start, arguments, name=name)
@@ -82,7 +100,9 @@ class ResidualResponse(LossResponse):
             self._lent(lower, upper, keep_buffers=False) as (x, args),
             self._randomness(pinned=True),
         ):
-            returned = self.params.read(self._function(x, *args), f"what `{self.name}` returned")
+            with noting(self.name, "x, *args"):
+                found = self._function(x, *args)
+            returned = self.params.read(found, f"what `{self.name}` returned")
             self.cost.gradients += 1
             if self.name == "map":
                 return subtract(lower, returned)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from bilevel.errors import InvalidTypeError
+from bilevel.errors import InvalidTypeError, noting
 from bilevel.inner.base import InnerSolution, Task
 from bilevel.modules import ModuleVariables
 from bilevel.prox.base import Penalty, as_penalties
@@ -69,7 +69,8 @@ class Custom:
         params = task.params.export(lower)
         with torch.enable_grad(), task.hparams(upper) as hparams:
             given = (params, hparams) if task.data is None else (params, hparams, task.data)
-            returned = self.fit(*given)
+            with noting(self.name, ", ".join(("params", "hparams", "data")[: len(given)]), hparams):
+                returned = self.fit(*given)
         if returned is None and isinstance(task.params, ModuleVariables):
             returned = params
         if returned is None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
+from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError, noting
 from bilevel.inner.base import Decay, InnerSolution, Task
 from bilevel.vector import Vector, detach, is_finite, leaves
 
@@ -140,7 +140,8 @@ def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     try:
-        value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
+        with noting(label.replace("`", ""), "hparams, step" if len(wanted) == 2 else "hparams", hparams):
+            value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
     except IndexError as error:
         raise InvalidValueError(
             f"{label} has no entry for step {t} (steps count from 0): {error}; a schedule needs one entry for each of "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidTypeError, InvalidValueError
+from bilevel.errors import InvalidTypeError, InvalidValueError, meant, noting
 from bilevel.layout import Variables
 
 Amount = float | Tensor | Callable[[Any], Any]
@@ -102,7 +102,8 @@ def amount(value: Amount, hparams: Any, w: Tensor, label: str, shape: torch.Size
     Raises:
         BilevelError: for what is no number, and for a shape that does not fit; it names `label`.
     """
-    found = value(hparams) if callable(value) else value
+    with noting(label.replace("`", ""), "hparams", hparams):
+        found = value(hparams) if callable(value) else value
     source = f"{label} returned" if callable(value) else f"{label} is"
     if isinstance(found, bool) or not isinstance(found, (int, float, Tensor)):
         raise InvalidTypeError(
@@ -163,6 +164,7 @@ def assign(penalties: Sequence[Penalty], params: Variables) -> dict[str, Penalty
             raise InvalidValueError(
                 f"{type(penalty).__name__}: `on` is {penalty.on!r}, and no tensor of `{params.role}` is called so; "
                 f"they are {', '.join(params.start)}"
+                f"{meant(penalty.on, params.start) if isinstance(penalty.on, str) else ''}"
             )
         for name in names:
             if name in assigned:

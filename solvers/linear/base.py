@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -124,6 +125,25 @@ def check_count(count: Any, name: str) -> None:
     """Raise unless it is a whole number of at least 1."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InvalidValueError(f"`{name}` is {count!r}, expected a whole number of at least 1")
+
+
+# What people call linear solvers, and their classes.
+CLASSES = {
+    "cg": "CG",
+    "minres": "MINRES",
+    "gmres": "GMRES",
+    "direct": "Cholesky",
+    "cholesky": "Cholesky",
+    "neumann": "Neumann",
+    "nystrom": "Nystrom",
+    "shine": "QuasiNewton",
+}
+
+
+def linear_solver_meant(given: object) -> str:
+    """Return how the linear solver is written that is called so, or about so."""
+    close = get_close_matches(str(given).lower(), CLASSES, n=1) if isinstance(given, str) else []
+    return f"bilevel.{CLASSES[close[0]]}()" if close else "bilevel.CG(rtol=1e-6)"
 
 
 def _is_number(x: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from bilevel.errors import InvalidValueError
+from bilevel.errors import InvalidValueError, meant
 from bilevel.operators import LinearOperator
 from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import (
@@ -104,7 +104,7 @@ class CG:
         if not (known or callable(chosen) or hasattr(chosen, "precondition")) or isinstance(chosen, type):
             raise InvalidValueError(
                 f"`preconditioner` is {chosen!r}, expected None, {', '.join(map(repr, ('auto', *BY_NAME)))}, "
-                "bilevel.Nystrom(rank=50) or a function v -> M^-1 v"
+                "bilevel.Nystrom(rank=50) or a function v -> M^-1 v" + meant(chosen, BY_NAME)
             )
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
