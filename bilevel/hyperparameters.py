@@ -109,8 +109,24 @@ class Hyperparameters:
 
         A step of 0.01 changes a positive number by 1 %, and one without a range by 1 % of its tensor's size.
         """
-        free = {name: t + self._unit(name, natural[name]) * step[name] for name, t in self.free(natural).items()}
-        return detach(self.natural(free))
+        found = {}
+        for name, t in natural.items():
+            kind = self.kinds.get(name, Real(t, ()))
+            # In float64, so that a short step is not lost in the rounding of u.
+            after = kind.natural(kind.free(t.double()) + self._unit(name, t) * step[name].double()).to(t.dtype)
+            low, high = kind.ends(t)
+            found[name] = torch.minimum(torch.maximum(after, low), high).detach()
+        return found
+
+    def room(self, natural: Vector) -> tuple[Vector, Vector]:
+        """Return how long a step of `moved` may be, down and up, before it leaves the range of `solve`; float64."""
+        down, up = {}, {}
+        for name, t in natural.items():
+            kind = self.kinds.get(name, Real(t, ()))
+            u, unit = kind.free(t.double()), self._unit(name, t)
+            low, high = (end.to(u) for end in kind.bounds())
+            down[name], up[name] = (((u - low) / unit).clamp(min=0.0), ((high - u) / unit).clamp(min=0.0))
+        return down, up
 
     def unchained(self, natural: Vector, by_step: Vector) -> Vector:
         """Return the gradient over natural values that belongs to one over steps of `moved`."""

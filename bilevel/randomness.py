@@ -1,10 +1,13 @@
-"""torch's global random states, of the CPU and of the device in use."""
+"""Global random states: torch's, of the CPU and of the device in use, and those of NumPy and Python."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,3 +45,24 @@ def replayed(states: RandomState, device: torch.device) -> Iterator[None]:
     with fork_random(device):
         set_random(states)
         yield
+
+
+def get_host() -> tuple[Any, Any]:
+    """Return the states of `np.random` and `random`, which a loop of the user's may draw from."""
+    return np.random.get_state(), random.getstate()
+
+
+@contextmanager
+def replayed_host(states: tuple[Any, Any]) -> Iterator[None]:
+    """Draw what follows on these states of `np.random` and `random`, and put the global ones back at the end."""
+    before = get_host()
+    _set_host(states)
+    try:
+        yield
+    finally:
+        _set_host(before)
+
+
+def _set_host(states: tuple[Any, Any]) -> None:
+    np.random.set_state(states[0])
+    random.setstate(states[1])

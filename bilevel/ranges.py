@@ -105,6 +105,11 @@ class Hyperparameter(ABC):
         infinite = torch.full_like(self.value, math.inf)
         return -infinite, infinite
 
+    def ends(self, natural: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest λ that the user allows, this one included: what rounding must not cross."""
+        infinite = torch.full_like(natural, math.inf)
+        return -infinite, infinite
+
 
 class Real(Hyperparameter):
     """Any real number."""
@@ -165,6 +170,11 @@ class Positive(Hyperparameter):
         low = self.value / POSITIVE_REACH if self.low is None else torch.full_like(self.value, self.low)
         high = self.value * POSITIVE_REACH if self.high is None else torch.full_like(self.value, self.high)
         return torch.log(low), torch.log(high)
+
+    def ends(self, natural: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `low` and `high`."""
+        low, high = 0.0 if self.low is None else self.low, math.inf if self.high is None else self.high
+        return torch.clamp(natural, max=low), torch.clamp(natural, min=high)
 
 
 class Interval(Hyperparameter):
