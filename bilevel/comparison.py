@@ -152,7 +152,8 @@ def compare(
         reference: a method, a `Hypergradient`, or a gradient in the structure of `hparams`. None: the implicit
             hypergradient over all data, at an inner solution that is trained on to the end of the digits, by the dense
             Hessian up to 2,000 inner variables; where that is untrusted or only the inner loop uses a hyperparameter (a
-            learning rate), `"unroll"`; else there are no errors. `.reference` says which.
+            learning rate), `"unroll"`, or `"zero-order"` for a loop of the user's; else there are no errors.
+            `.reference` says which.
         hparams: where, in natural units and the structure of the problem's `hparams`; None: its start values.
         seed: of torch's random numbers in every run; the global random state is left as it was.
         repeats: most timed calls of each method; no further one once they have taken half a second.

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import inspect
 
-from bilevel.solvers import METHODS, About, Estimator, about
+from bilevel.solvers import BOME, METHODS, PBGD, About, Averaged, Estimator, about
+
+# What has no name, because it is for fixed data or goes around another method.
+OBJECTS: dict[str, Estimator] = {
+    "bilevel.PBGD()": PBGD(),
+    "bilevel.BOME()": BOME(),
+    "bilevel.Averaged(batches=8)": Averaged(batches=8),
+}
 
 _SEES = {
     "losses": "losses",
@@ -23,12 +30,13 @@ Hessian-vector product, two to three gradients dear. `error`: relative, at an ex
 
 
 def method_table() -> str:
-    """Return the table of all named methods as Markdown, and what its letters mean.
+    """Return the table of all methods as Markdown, and what its letters mean.
 
     >>> print(method_table().splitlines()[0])
     | `method` | what it does | sees | needs | cost | memory | error | source |
     """
-    lines = [_HEADER, *(_line(name, make()) for name, make in METHODS.items())]
+    named = [_line(f'`"{name}"`', make()) for name, make in METHODS.items()]
+    lines = [_HEADER, *named, *(_line(f"`{written}`", method) for written, method in OBJECTS.items())]
     text = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([text[0], "|" + "---|" * len(_HEADER), *text[1:], "", LEGEND])
 
@@ -37,7 +45,7 @@ def _line(name: str, method: Estimator) -> tuple[str, ...]:
     declared = about(method)
     terms = declared.terms
     return (
-        f'`"{name}"`',
+        name,
         _summary(method),
         _SEES[declared.sees],
         _needs(declared),

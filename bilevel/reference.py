@@ -5,7 +5,7 @@ Of one function, whatever minibatches a method draws:
 1. The implicit hypergradient of the losses over all data (the mean over the batches of a pass), at an inner solution
    that is trained on to the end of the digits.
 2. Where that is untrusted, or sees not all hyperparameters: the derivative of what the inner loop computes, by
-   `unroll`, on the batches and random numbers that every method gets.
+   `unroll`, or by `zero-order` for a function of the user's, on the batches and random numbers that every method gets.
 3. Where neither can be trusted: none.
 """
 
@@ -27,8 +27,9 @@ from bilevel.inner import LBFGS, InnerSolver, Proximal
 from bilevel.measure import free_memory, saved_memory
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
-from bilevel.solvers import CG, Cholesky, Implicit, Unroll
+from bilevel.solvers import CG, Cholesky, Estimator, Implicit, Unroll, ZeroOrder
 from bilevel.solvers.base import Linearization
+from bilevel.solvers.zero_order import COORDINATES
 from bilevel.vector import Vector, size
 
 DENSE_UP_TO = 2000  # inner variables; above, conjugate gradients to the end of the digits
@@ -50,16 +51,26 @@ def best_reference(bench: Bench) -> Reference:
     found, words = _implicit(bench)
     if found is not None and found.certificate.trusted:
         return Reference(found.gradient, f"{words}, verdict {found.certificate.verdict}")
-    if ProblemResponse(bench.problem).has_step:
+    for name, method in _of_the_loop(bench):
         try:
-            unrolled = bench.run(Unroll())
+            run = bench.run(method)
         except BilevelError as error:
-            words += f"; unroll: {error}"
-        else:
-            if unrolled.certificate.trusted:
-                same = "" if bench.problem.deterministic else ", on the batches that every method gets"
-                return Reference(unrolled.gradient, f"unroll{same}, because {words}")
+            words += f"; {name}: {error}"
+            continue
+        if run.certificate.verdict == "exact":
+            same = "" if bench.problem.deterministic else ", on the batches that every method gets"
+            return Reference(run.gradient, f"{name}{same}, good to {run.certificate.error:.0e}, because {words}")
     return Reference(None, f"none, so there are no errors: {words}; give `reference=`, a method or a gradient")
+
+
+def _of_the_loop(bench: Bench) -> list[tuple[str, Estimator]]:
+    """Return the methods that differentiate what the inner loop computes, exactly and within reason."""
+    methods: list[tuple[str, Estimator]] = []
+    if ProblemResponse(bench.problem).has_step:
+        methods.append(("unroll", Unroll()))
+    if getattr(bench.problem.inner_solver, "whole_loop", False) and size(bench.upper) <= COORDINATES:
+        methods.append(("zero-order", ZeroOrder()))
+    return methods
 
 
 def _implicit(bench: Bench) -> tuple[Hypergradient | None, str]:

@@ -102,7 +102,7 @@ def test_the_argument_at_fault_is_named(call: Callable[[], Any], said: str) -> N
 
 
 def test_a_loss_that_is_nan_under_argmin() -> None:
-    with pytest.raises(bilevel.NonFiniteError, match="^loss is nan"):
+    with pytest.raises(bilevel.NonFiniteError, match=r"^loss is nan"):
         bilevel.argmin(lambda w, a: (w - a).sum() * float("nan"), ZERO, ZERO)
 
 
