@@ -25,7 +25,7 @@ from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import OuterGradient, Response, State, add_terms, outer_gradient
 from bilevel.solvers.linear.base import check_count
-from bilevel.solvers.recorded import check_end, exact_for_the_loop, record
+from bilevel.solvers.recorded import check_end, exact_for_the_loop, growth_of_tangents, halvings, largest, record
 from bilevel.vector import Vector, detach, leaves, size, unflatten
 
 BLOCK = 32  # tangents that go through a step together: their intermediate results are held at once
@@ -105,11 +105,11 @@ class Forward:
                 generator.set_state(state)
             along = _signs(self._count(m), m, generator)
             state = generator.get_state()
-        w, outer, slopes, seen = _slopes(response, lower, upper, along)
+        w, outer, slopes, seen, sizes = _slopes(response, lower, upper, along)
         gradient = unflatten(slopes if exact else along.T @ slopes / len(along), _on_cpu(upper))
         found = {n: gradient[n].to(t.device) if n in seen else None for n, t in upper.items()}
         total = add_terms(response, dict.fromkeys(upper), found, upper, _UNSEEN)
-        certificate = exact_for_the_loop(response, w, upper)
+        certificate = exact_for_the_loop(response, w, upper, growth_of_tangents(sizes))
         if not exact:
             certificate = _estimated(certificate, math.sqrt((m - 1) / len(along)))
         return Hypergradient(total, outer.loss, w, certificate, response.cost), state
@@ -132,18 +132,27 @@ def _signs(count: int, length: int, generator: torch.Generator) -> Tensor:
 
 def _slopes(
     response: Response, lower: Vector, upper: Vector, along: Tensor
-) -> tuple[Vector, OuterGradient, Tensor, set[str]]:
-    """Return the end of the loop, the outer gradient there, dF v for every row of `along`, and what of λ was seen."""
+) -> tuple[Vector, OuterGradient, Tensor, set[str], list[Tensor]]:
+    """Run the loop with its tangents.
+
+    Returns:
+        The end; the outer gradient there; dF v for every row of `along`; what of λ was seen; sizes of the tangents.
+    """
     h = leaves(upper)
     v = {n: t.to(upper[n].device) for n, t in unflatten(along, _on_cpu(upper)).items()}
     w, state = detach(lower), response.initial_state(lower)
     tangents: list[Tensor] | None = None
     seen: set[str] = set()
-    for t in range(response.unroll_steps()):
+    sizes: list[Tensor] = []
+    total = response.unroll_steps()
+    looked_at = halvings(total)
+    for t in range(total):
         step, w, state = record(response, w, state, h, t)
         if tangents is None:
             tangents = [x.new_zeros(len(along), *x.shape) for x in step.inputs]
         tangents, used = step.push(response, tangents, h, v, BLOCK)
+        if t + 1 in looked_at:
+            sizes.append(largest(tangents[: len(w)]))
         seen |= {name for name, uses in zip(h, used, strict=True) if uses}
     check_end(w)
     outer = outer_gradient(response, w, upper)
@@ -153,7 +162,7 @@ def _slopes(
     terms += [(v[name], g) for name, g in outer.upper.items() if g is not None]
     for tangent, g in terms:
         slopes += (tangent.double().reshape(len(along), -1) @ g.double().reshape(-1)).cpu()
-    return w, outer, slopes, seen
+    return w, outer, slopes, seen, sizes
 
 
 def _on_cpu(v: Vector) -> Vector:
@@ -161,10 +170,12 @@ def _on_cpu(v: Vector) -> Vector:
 
 
 def _estimated(certificate: Certificate, error: float) -> Certificate:
-    """Judge by the standard error, which does not depend on the gradient: that of random signs."""
+    """Judge by the standard error too, which does not depend on the gradient: that of random signs."""
     hint = (
         "raise `directions`, or use it for its mean alone: it is unbiased and never points uphill, so that many small "
         'steps of Adam go the right way (on_untrusted="ignore")'
     )
+    if not certificate.trusted:
+        return replace(certificate, standard_error=error)
     verdict, reasons = judge(error, [], by_design=True, hint=hint)
     return replace(certificate, verdict=verdict, error=error, standard_error=error, reasons=tuple(reasons))

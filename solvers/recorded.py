@@ -5,17 +5,26 @@ With (w', state') = Φ(w, state, λ) and J = ∂Φ/∂(w, state, λ), `pull` is 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from bilevel.certificate import Certificate
+from bilevel.certificate import APPROXIMATE_BELOW, Certificate, judge
 from bilevel.errors import InvalidTypeError, NonFiniteError
 from bilevel.solvers.base import Response, ratio
+from bilevel.solvers.linear.base import dtype_of
 from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm
+
+ROUNDING = 10.0  # units in the last place that a loop which amplifies nothing may be off
+COARSE = 1e-6  # a unit in the last place above this is that of float16 or bfloat16
+FIRST = 4  # steps; before, tangents may grow by anything
+POWER = 5.0  # growth over a doubling of the steps that is no more than a square's, with room
 
 
 @dataclass
@@ -163,6 +172,55 @@ def inner_residual(response: Response, lower: Vector, upper: Vector) -> float:
     return ratio(residual, response.start_gradient_norm(upper))
 
 
-def exact_for_the_loop(response: Response, lower: Vector, upper: Vector) -> Certificate:
-    """Return the certificate of a gradient of the whole loop: it has no error but rounding."""
-    return Certificate("exact", inner_residual(response, lower, upper), error=0.0)
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the largest entry, which needs no squares and no copies, as a 0-d float64 tensor on their device."""
+    return torch.stack([torch.linalg.vector_norm(t, torch.inf).double() for t in tensors if t.numel()]).max()
+
+
+class Growth:
+    """How much a loop amplifies rounding: the largest adjoint of w on the way back, over that at the end of the loop.
+
+    It is what a change of w on the way does to the end.
+    """
+
+    def __init__(self, adjoint: Iterable[Tensor]) -> None:
+        self._end = self._most = largest(adjoint)
+
+    def see(self, adjoint: Iterable[Tensor]) -> None:
+        """Take the adjoint before another step into account."""
+        self._most = torch.maximum(self._most, largest(adjoint))
+
+    def factor(self) -> float:
+        """Return it."""
+        return ratio(float(self._most), float(self._end))
+
+
+def halvings(steps: int) -> tuple[int, ...]:
+    """Return the numbers of steps after which `growth_of_tangents` looks: all, half of them, and so on."""
+    return tuple(steps >> k for k in range(steps.bit_length()) if steps >> k >= FIRST)
+
+
+def growth_of_tangents(sizes: list[Tensor]) -> float:
+    """Return how much a loop amplifies rounding, from `largest` of the tangents of w after each of `halvings`.
+
+    Every step adds to tangents, and where the loop converges they add up like a power of the steps. What grows by more
+    than that while the steps double is the loop's own.
+    """
+    found = [float(size) for size in sizes]
+    gains = [ratio(after, before) for before, after in pairwise(found)]
+    return math.prod(gain for gain in gains if not gain <= POWER)
+
+
+def exact_for_the_loop(response: Response, lower: Vector, upper: Vector, growth: float) -> Certificate:
+    """Return the certificate of a gradient of the whole loop: it has no error but rounding, times its growth."""
+    eps = torch.finfo(dtype_of(lower)).eps
+    error = ROUNDING * eps * max(1.0, growth) if math.isfinite(growth) else math.inf
+    # Below float32 rounding alone is an approximation.
+    verdict, reasons = judge(error, [], by_design=eps > COARSE and error < APPROXIMATE_BELOW, hint=_AMPLIFIED)
+    return Certificate(verdict, inner_residual(response, lower, upper), error=error, reasons=tuple(reasons))
+
+
+_AMPLIFIED = (
+    "the inner loop amplifies rounding from step to step, as one does that diverges or is chaotic, until it decides "
+    "the digits of the gradient: lower the inner learning rate, or take fewer inner steps"
+)

@@ -6,6 +6,7 @@ One call is one or more steps of w and v at the λ it is called with, and then D
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
@@ -22,6 +23,8 @@ from bilevel.vector import Vector, axpy, detach, dot, is_finite, norm, scale, ze
 
 DRAWS = 4  # batches on which the curvature is measured
 RECHECK = 50  # calls after which it is measured again: λ moves
+FAR = 0.25  # or where a hyperparameter has moved so far, relative: a step of 1 / L will do until L has doubled
+GREW_INNER = 2.0  # or where the inner gradient of fixed data has: right steps do not let it grow
 ROUNDS = 8  # hypergradients of the first call, whose spread is its standard error
 HALVES = 500  # steps after which a decaying step size has begun to fall
 GREW = 1e3  # a defect this many times the right-hand side, along negative curvature, is no transient
@@ -37,6 +40,7 @@ class Kept(TypedDict):
         adjoint: v.
         step: what to add to w first; None: nothing.
         largest: the largest curvature met.
+        at: λ where it was measured.
         count: steps so far.
         gradient: the hypergradient, for its moving average.
         tracking: see `Tracking`.
@@ -46,6 +50,7 @@ class Kept(TypedDict):
     adjoint: Vector
     step: Vector | None
     largest: float
+    at: Vector
     count: int
     gradient: Vector
     tracking: dict[str, Any]
@@ -61,8 +66,10 @@ class Moving:
         self.v = zeros_like(self.w) if kept is None else kept["adjoint"]
         self.next: Vector | None = None
         self.largest = 0.0 if kept is None else kept["largest"]
+        self.at: Vector = {} if kept is None else kept["at"]
         self.count = 0 if kept is None else kept["count"]
         self.grew = False
+        self._least, self._allowed = math.inf, GREW_INNER
 
     def go(self) -> None:
         """Take the steps that are due."""
@@ -71,6 +78,20 @@ class Moving:
         if self.next is not None:
             self.v = self.next
         self.step = self.next = None
+
+    def runs_away(self, residual: Vector) -> bool:
+        """Say whether the inner gradient of fixed data grew; by twice as much each time that it is asked for."""
+        length = float(norm(residual))
+        grew = length > self._allowed * self._least
+        self._least = length if grew else min(self._least, length)
+        self._allowed *= 2.0 if grew else 1.0
+        return grew
+
+    def moved_far(self, upper: Vector) -> bool:
+        """Say whether λ is far from where the curvature was measured."""
+        return not self.at or any(
+            bool((t - self.at[name]).norm() > FAR * self.at[name].norm()) for name, t in upper.items()
+        )
 
     def plan_lower(self, residual: Vector, size: float) -> None:
         """Leave a step of w due."""
@@ -104,7 +125,8 @@ class Loop:
     """The frame; a method adds `_warm` and `_round`.
 
     Args:
-        lr: step size of w and v; None: 1 / (largest curvature), measured on a few batches and watched.
+        lr: step size of w and v; None: 1 / (largest curvature), measured on a few batches and watched. It is measured
+            again where λ has moved by a quarter, and on fixed data where the inner gradient has doubled.
         decay: the step size falls like (1 + t / 500)^-decay over the steps t; None: 1/2 with minibatches (the exponent
             of the theorem for decreasing steps), 0 on fixed data, which needs no decay.
         momentum: share of the last hypergradient in the next one, in [0, 1): larger is less noisy and lags behind.
@@ -145,25 +167,28 @@ class Loop:
         left = None if kept is None else kept["tracking"]
         tracking = Tracking.resumed(source.exact, response.held, self.forgets, left)
         several = kept is None and not source.exact
+        far = moving.moved_far(upper)
+        if far:
+            moving.largest, moving.at = _largest(_systems(source, moving, upper)), detach(upper)
         if kept is None:
-            moving.largest = _largest(_systems(source, moving, upper))
             self._warm(moving, source, upper, tracking, self.warmup // 2 if several else self.warmup)
         rounds = [self._round(moving, source, upper, tracking, several) for _ in range(ROUNDS if several else 1)]
         last, gradients = rounds[-1][1], [gradient for gradient, _ in rounds]
         gradient = tracking.sampled(gradients, None if kept is None else kept["gradient"], self.momentum, self.averages)
         loss = sum(found.loss for _, found in rounds) / len(rounds) if self.averages else last.loss
-        if not source.exact and tracking.calls % RECHECK == 0:
+        if not source.exact and (far or tracking.calls % RECHECK == 0):
             systems = _systems(source, moving, upper)
             moving.largest, tracking.lowest = _largest(systems), _smallest(systems, moving.w)
             tracking.highest = moving.largest
         here = Here(source.outer, source.system, moving.w, moving.v, upper, last, gradient, moving.grew)
-        certificate = tracking.certificate(response, here, self.momentum > 0.0)
+        certificate = tracking.certificate(response, here, far)
         if tracking.highest is not None and source.exact:
             moving.largest = tracking.highest
         after = Kept(
             adjoint=moving.v if moving.next is None else moving.next,
             step=moving.step,
             largest=moving.largest,
+            at=moving.at,
             count=moving.count,
             gradient=gradient,
             tracking=tracking.state(),
@@ -181,11 +206,17 @@ class Loop:
         decay = self.decay if self.decay is not None else 0.0 if source.exact else self.falls
         return (size if self.lr is None else self.lr) / float((1.0 + moving.count / HALVES) ** decay)
 
+    def _watch(self, moving: Moving, source: Source, upper: Vector, residual: Vector) -> None:
+        """Measure the curvature again where w runs away."""
+        if self.lr is None and source.exact and not moving.held and moving.runs_away(residual):
+            moving.largest = _largest(_systems(source, moving, upper))
+
     def _descend(self, moving: Moving, source: Source, upper: Vector, tracking: Tracking, steps: int) -> None:
         """Take steps of w alone, each on a draw of its own; where w is held, only look."""
         for _ in range(steps):
             residual = source.linearize(moving.w, upper).residual
             tracking.see_lower(residual)
+            self._watch(moving, source, upper, residual)
             moving.plan_lower(residual, self._size(moving, source))
             stands = source.exact and moving.stands()
             moving.go()

@@ -55,6 +55,7 @@ class SOBA(Loop):
         """Take the steps that are due, and find the next ones: all directions at one point, on one draw."""
         moving.go()
         found = source.directions(moving.w, moving.v, upper, outward or not self.averages)  # a memory must be fresh
+        self._watch(moving, source, upper, found.lower)
         size = self._size(moving, source)
         tracking.see_lower(found.lower)
         tracking.see_adjoint(moving.v, found)

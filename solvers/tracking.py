@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from bilevel.certificate import Certificate, judge
 from bilevel.solvers.base import (
     Linearization,
@@ -25,10 +27,10 @@ from bilevel.solvers.base import (
     present,
     ratio,
 )
-from bilevel.solvers.correction import SENSITIVITY, correct, loosely
+from bilevel.solvers.correction import INNER_TOLERANCE, SENSITIVITY, Equation, correct, loosely
 from bilevel.solvers.directions import Directions
 from bilevel.solvers.implicit import equation
-from bilevel.solvers.linear.base import EXPLANATIONS
+from bilevel.solvers.linear.base import EXPLANATIONS, dtype_of
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.vector import Vector, axpy, dot, norm, scale, subtract, zeros_like
 
@@ -40,6 +42,10 @@ CALLS = 20.0  # calls over which the spread of D_λ is taken
 DEVIATIONS = 2.0  # standard errors that count as the error: one is exceeded in a third of the cases
 FEWEST = 5  # calls before that spread is known
 STUCK = 1e-6  # an adjoint residual that must have a way to vanish
+BENT = (
+    0.5  # an inner gradient this far from its linear model, relative, has a kink on the way or is far from any minimum
+)
+ROUNDED = 100.0  # units in the last place, times the scale of the inner gradient: no sign of a kink
 FLAT = 1e-8  # curvature over the largest one that counts as none
 
 
@@ -76,16 +82,16 @@ class Mean:
         self.weight += 1.0
         share = max(1.0 / self.weight, 1.0 / horizon)
         self.value = v if self.value is None else axpy(share, subtract(v, self.value), self.value)
-        self.square += share * (float(norm(v)) ** 2 - self.square)
+        self.square += share * (_squared(v) - self.square)
 
     def spread(self) -> float:
         """Return the standard deviation of single entries."""
         few = max(2.0, min(self.weight, CALLS))
-        return math.sqrt(max(0.0, self.square - float(norm(self.value or {})) ** 2) * few / (few - 1.0))
+        return math.sqrt(max(0.0, self.square - _squared(self.value or {})) * few / (few - 1.0))
 
     def size(self, independent: bool) -> float:
         """Return the length of the mean; less what chance makes of independent entries."""
-        squared = float(norm(self.value or {})) ** 2
+        squared = _squared(self.value or {})
         if independent:
             squared -= max(0.0, self.square - squared) / max(1.0, min(self.weight, HORIZON) - 1.0)
         return math.sqrt(max(0.0, squared))
@@ -106,7 +112,8 @@ class Tracking:
         bend: mean of v·Hv / v·v.
         lowest, highest: curvatures measured; None: not yet.
         unit: scale of the inner gradient.
-        error, residuals: the last correction, and the residuals there.
+        error, moved, residuals: the last correction, and the residuals there.
+        bent: how far the inner gradient at the corrected w is from what the Hessian foretells, relative to its change.
         flat: what was left of the adjoint equation there met no curvature.
     """
 
@@ -123,7 +130,9 @@ class Tracking:
     highest: float | None = None
     unit: float = 0.0
     error: float | None = None
+    moved: float = 0.0
     residuals: float = 0.0
+    bent: float = 0.0
     flat: bool = False
 
     @classmethod
@@ -167,34 +176,39 @@ class Tracking:
         self.noise = spread / math.sqrt(count if averages else 1) if known else None
         return found
 
-    def certificate(self, response: Response, here: Here, lags: bool) -> Certificate:
-        """Judge; `lags`: the hypergradient is a mean over calls."""
-        judged = self._on_fixed_data(response, here, lags) if self.exact else self._on_minibatches(response, here)
+    def certificate(self, response: Response, here: Here, anew: bool) -> Certificate:
+        """Judge; `anew`: λ has jumped since the last correction."""
+        judged = self._on_fixed_data(response, here, anew) if self.exact else self._on_minibatches(response, here)
         self.calls += 1
         return judged
 
-    def _on_fixed_data(self, response: Response, here: Here, lags: bool) -> Certificate:
+    def _on_fixed_data(self, response: Response, here: Here, anew: bool) -> Certificate:
         """Correct once in a while, and scale the estimate by the residuals in between."""
-        first = self.error is None or self.calls % EVERY == 0 or lags
+        first = self.error is None or self.calls % EVERY == 0 or anew
         self.unit = inner_scale(response, here.system, here.lower, here.upper) if first else self.unit
         inner = ratio(float(norm(here.system.residual)), self.unit)
         adjoint = ratio(float(norm(here.last.adjoint)), here.last.rhs)
         measured = first or inner + adjoint > CHANGED * self.residuals
         if measured:
             self.lowest, self.highest = extreme_eigenvalues(here.system.operator)
-            self.error, self.residuals = self._corrected(response, here), inner + adjoint
+            self._correct(response, here)
+            self.residuals = inner + adjoint
             self.flat = adjoint > STUCK and self._is_flat(here)
-        error = self.error
-        if error is not None and self.residuals > 0.0:
-            error *= max(1.0, (inner + adjoint) / self.residuals)
+        growth = max(1.0, (inner + adjoint) / self.residuals) if self.residuals > 0.0 else 1.0
+        assert here.last.upper is not None
+        lag = ratio(float(norm(subtract(here.gradient, here.last.upper))), float(norm(here.gradient)))
+        error = None if self.error is None else self.error * growth + lag
         wrong = self._wrong(here, float(dot(here.adjoint, here.last.product)))
+        if self.bent > BENT:
+            wrong.append(_BENT.format(self.bent))
         if self.flat:
             wrong.append(EXPLANATIONS["singular"])
         hint = (
             f"the inner residual is {inner:.1e} and the adjoint residual is {adjoint:.1e}: take more `steps` a call "
             "(or a longer `warmup` of the first), or a smaller outer learning rate, so that w and v keep up"
         )
-        verdict, reasons = judge(error, wrong, by_design=error is not None, hint=hint)
+        near = self.moved * growth < INNER_TOLERANCE
+        verdict, reasons = judge(error, wrong, by_design=error is not None and near, hint=hint)
         if verdict == "exact" and not measured:
             verdict = "approximate"  # an estimate that was scaled is none to swear by
         return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons))
@@ -204,21 +218,31 @@ class Tracking:
         left = here.last.adjoint
         return float(dot(left, here.system.operator(left))) <= FLAT * (self.highest or 0.0) * float(dot(left, left))
 
-    def _corrected(self, response: Response, here: Here) -> float | None:
+    def _correct(self, response: Response, here: Here) -> None:
+        """Correct the hypergradient once, and see what that changes."""
         upper, unit = here.upper, self.unit
-        at = equation(here.outer, here.system, unit)
+        rounding = ROUNDED * torch.finfo(dtype_of(here.lower)).eps * unit
+        self.bent = 0.0
+
+        def there(w: Vector) -> Equation:
+            system = Linearization(response, w, upper)
+            foretold = here.system.operator(subtract(w, here.lower))
+            off = subtract(subtract(system.residual, here.system.residual), foretold)
+            self.bent = ratio(max(0.0, float(norm(off)) - rounding), float(norm(foretold)))
+            return equation(outer_gradient(response, w, upper), system, unit)
+
         solve = loosely(here.system.operator, math.inf, SPENT)
         found = correct(
             here.lower,
             upper,
-            here.gradient,
+            here.last.upper or here.gradient,
             here.adjoint,
-            at,
-            lambda w: equation(outer_gradient(response, w, upper), Linearization(response, w, upper), unit),
+            equation(here.outer, here.system, unit),
+            there,
             response,
             solve,
         )
-        return None if found is None else found.error
+        self.error, self.moved = (None, math.inf) if found is None else (found.error, found.moved)
 
     def _on_minibatches(self, response: Response, here: Here) -> Certificate:
         """Bound the lag by the mean directions over the smallest curvature, and add the noise."""
@@ -256,6 +280,17 @@ class Tracking:
         return [_GROWS] if here.grew else [EXPLANATIONS["nonpositive curvature"]] if negative else []
 
 
+def _squared(v: Vector) -> float:
+    """Return the squared length; infinite where it is too large for a number."""
+    length = float(norm(v))
+    return length * length
+
+
+_BENT = (
+    "on the way to the inner solution the inner gradient changes otherwise than the Hessian says, by {:.1g} of the change: "
+    "the inner loss has kinks there (abs, relu, hinge), or w is far away: smooth the loss, take more `steps` a call or a "
+    'longer `warmup`, or choose a method that sees kinks (bilevel.inner.Proximal with method="implicit")'
+)
 _GROWS = (
     "the adjoint grows along negative curvature of the inner loss: train the inner problem further, regularize it, or "
     'use method="minres", which needs no positive curvature'

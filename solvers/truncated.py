@@ -24,6 +24,7 @@ from bilevel.solvers.coarse import PULLS, coarse_sweep, sampled
 from bilevel.solvers.linear.base import check_count
 from bilevel.solvers.recorded import (
     UNSEEN,
+    Growth,
     RecordedStep,
     accumulate,
     check_end,
@@ -91,9 +92,14 @@ def _differentiate(response: Response, lower: Vector, upper: Vector, window: int
             w, state = without_graph(*response.step(w, state, detach(upper), t))
     check_end(w)
     outer = outer_gradient(response, w, upper)
-    through, left_out = _sweep(response, recorded, samples, outer.lower, h, total - window)
+    growth = Growth(outer.lower.values())
+    through, left_out = _sweep(response, recorded, samples, outer.lower, h, total - window, growth)
     gradient = add_terms(response, outer.upper, through, upper, UNSEEN)
-    certificate = _certificate(response, w, upper, gradient, left_out)
+    certificate = (
+        exact_for_the_loop(response, w, upper, growth.factor())
+        if left_out is None
+        else _certificate(response, w, upper, gradient, left_out)
+    )
     return Hypergradient(gradient, outer.loss, w, certificate, response.cost)
 
 
@@ -104,8 +110,9 @@ def _sweep(
     outer: Vector,
     h: Vector,
     left_out: int,
+    growth: Growth,
 ) -> tuple[dict[str, Tensor | None], _LeftOut | None]:
-    """Pull the adjoint back through the recorded steps, freeing each.
+    """Pull the adjoint back through the recorded steps, freeing each; `growth` sees it.
 
     Returns:
         The gradient through the inner variables; what the `left_out` steps before would add, None where there are none.
@@ -117,6 +124,7 @@ def _sweep(
         step = recorded.pop()
         adjoint, added = step.pull(response, adjoint, h, keep=left_out > 0 and not recorded)
         accumulate(through, added)
+        growth.see(adjoint[: len(outer)])
         if left_out:
             tail.add(adjoint, filled(added, h))
     if not left_out:
@@ -149,12 +157,8 @@ def _left_out(
     return _LeftOut(detach(axpy(1.0, beyond, total)), float(norm(total)) + size, tail.grows())
 
 
-def _certificate(
-    response: Response, lower: Vector, upper: Vector, gradient: Vector, left_out: _LeftOut | None
-) -> Certificate:
+def _certificate(response: Response, lower: Vector, upper: Vector, gradient: Vector, left_out: _LeftOut) -> Certificate:
     """Judge by the size of what truncation left out (see `bilevel.solvers.tail` and `bilevel.solvers.coarse`)."""
-    if left_out is None:
-        return exact_for_the_loop(response, lower, upper)
     inner = inner_residual(response, lower, upper)
     size = max(float(norm(axpy(1.0, left_out.value, gradient))), response.gradient_floor)
     error = ratio(left_out.size, size)

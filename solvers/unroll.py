@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.certificate import Hypergradient
+from bilevel.certificate import Certificate, Hypergradient
 from bilevel.errors import InvalidValueError
 from bilevel.measure import Saved, free_memory, saved_memory
 from bilevel.memory import parsed, shown, taken
@@ -25,6 +25,7 @@ from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import OuterGradient, Response, State, add_terms, outer_gradient, ratio
 from bilevel.solvers.recorded import (
     UNSEEN,
+    Growth,
     RecordedStep,
     accumulate,
     check_end,
@@ -46,7 +47,8 @@ class Unroll:
 
     Sees learning rates and every other setting of the inner loop. Within a budget the gradient is the same, and some
     steps are taken again: all but one block once more where about √T graphs and √T iterates fit, which takes up to half
-    as long again, and more often below. The certificate says which.
+    as long again, and more often below. The certificate says which. The error is that of rounding times the growth of
+    the adjoint: a loop that amplifies rounding until it decides, one that diverges or is chaotic, is untrusted.
 
     Args:
         memory: "500MB", or bytes: what the sweep may take beside the losses' own data. Less is slower. None: half of
@@ -92,7 +94,7 @@ class Unroll:
                 notes.append(_note(plan, sizes, self._allowed(sizes)))
         outer, through = loop.sweep(plan)
         gradient = add_terms(response, outer.upper, through, upper, UNSEEN)
-        certificate = replace(exact_for_the_loop(response, loop.lower, upper), notes=tuple(notes))
+        certificate = replace(loop.certificate(), notes=tuple(notes))
         if loop.astray > STRAY:
             reason = _ASTRAY.format(loop.astray)
             certificate = replace(certificate, verdict="untrusted", error=None, reasons=(reason,))
@@ -258,6 +260,7 @@ class _Loop:
         outer = outer_gradient(self._response, self.lower, self._upper)
         of_state = self._graphs[-1].outputs[len(outer.lower) :]
         self._adjoint = [*outer.lower.values(), *(torch.zeros_like(x) for x in of_state)]
+        self._growth = Growth(outer.lower.values())
         return outer
 
     def _pull(self) -> None:
@@ -265,7 +268,12 @@ class _Loop:
         while self._graphs:
             step = self._graphs.pop()
             self._adjoint, added = step.pull(self._response, self._adjoint, self._h, keep=False)
+            self._growth.see(self._adjoint[: len(self.lower)])
             accumulate(self._through, added)
+
+    def certificate(self) -> Certificate:
+        """Judge the sweep by how its adjoint grew."""
+        return exact_for_the_loop(self._response, self.lower, self._upper, self._growth.factor())
 
 
 def _apart(found: Vector, expected: Vector, start: Vector) -> float:

@@ -135,7 +135,7 @@ def test_it_is_unrolling_through_networks_and_minibatches(kind: type[nn.Module],
         assert relative_error(found["forward"].gradient[name], expected) <= 1e-10, name
         assert bool((expected != 0.0).all()), "nothing to be compared"
     assert found["forward"].outer_loss == found["unroll"].outer_loss
-    assert found["forward"].certificate == found["unroll"].certificate
+    assert found["forward"].certificate.verdict == found["unroll"].certificate.verdict == "exact"
 
 
 def test_a_loop_of_the_users_own_is_one_step() -> None:

@@ -354,3 +354,41 @@ def test_what_is_kept_are_plain_values() -> None:
     assert set(kept["memory"]) == {"residual", "product", "through", "by_lower", "by_upper", "loss"}
     rows = kept["memory"]["residual"]["rows"]["params"]
     assert rows.shape == (N // BATCH, D)
+
+
+# λ that jumps, inner losses with kinks
+
+
+def one(penalty: Any, start: float, dtype: torch.dtype = torch.float64) -> BilevelProblem:
+    """(w - 1)^2 / 2 and a penalty; the outer loss is (w - 2)^2 / 2."""
+    return BilevelProblem(
+        lambda w, h: ((w - 1.0) ** 2).sum() / 2 + penalty(w, h),
+        lambda w, h: ((w - 2.0) ** 2).sum() / 2,
+        torch.zeros(1, dtype=dtype),
+        bilevel.positive(torch.tensor(start, dtype=dtype)),
+    )
+
+
+def follow(evaluate: Evaluator, h: float) -> Hypergradient:
+    return evaluate({"hparams": torch.tensor(h, dtype=torch.float64)}).hypergradient
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_step_size_follows_a_hyperparameter_that_jumps(name: str) -> None:
+    """w = 1 / (1 + h), dF/dh = (2 - w) w^2: ten decades up, where the old step is far too long, and back."""
+    evaluate = Evaluator(one(lambda w, h: h * (w**2).sum() / 2, 1e-3), type(METHODS[name][1])())
+    for h in (1e-3, 1e7, 1e-3):
+        found = follow(evaluate, h)
+        w = 1.0 / (1.0 + h)
+        assert float(found.gradient["hparams"]) == pytest.approx((2.0 - w) * w**2, rel=1e-4)
+        assert found.certificate.trusted
+
+
+def test_a_mean_over_calls_counts_as_an_error() -> None:
+    """w and v are settled at once in one dimension; what momentum keeps of the last λ is the error."""
+    evaluate = Evaluator(one(lambda w, h: h * (w**2).sum() / 2, 0.1), AmIGO(momentum=0.5))
+    follow(evaluate, 0.1)
+    found = follow(evaluate, 10.0)
+    w = 1.0 / 11.0
+    true = float(found.gradient["hparams"]) / ((2.0 - w) * w**2) - 1.0
+    assert true > 10.0 and found.certificate.verdict == "untrusted"

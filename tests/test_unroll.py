@@ -213,7 +213,10 @@ def check_the_same(problem: bilevel.BilevelProblem, plans: list[tuple[int, int]]
         for name, w in whole.params.items():
             assert torch.equal(found.params[name], w)
         assert found.outer_loss == whole.outer_loss
-        assert (found.certificate.verdict, found.certificate.error) == (whole.certificate.verdict, 0.0)
+        assert (found.certificate.verdict, found.certificate.error) == (
+            whole.certificate.verdict,
+            whole.certificate.error,
+        )
         assert found.cost.products == whole.cost.products
         again = 0 if plan.blocks == 1 else plan.again + unroll.MEASURED
         assert found.cost.gradients == whole.cost.gradients + again
@@ -413,3 +416,41 @@ def test_amounts() -> None:
         12,
     ]
     assert Unroll(memory="500MB") == Unroll(memory="500MB") != Unroll()
+
+
+# Loops that amplify rounding
+
+
+def logistic_map(r: float, steps: int = 200, dtype: torch.dtype = torch.float64) -> bilevel.BilevelProblem:
+    """Steps of 1 along the gradient of this loss are w <- r w (1 - w): a cycle of two at 3.2, chaos at 3.9."""
+    return bilevel.BilevelProblem(
+        lambda w, h: w**2 / 2 - h * (w**2 / 2 - w**3 / 3),
+        lambda w, h: (w - 0.3) ** 2,
+        torch.tensor(0.4, dtype=dtype),
+        bilevel.real(torch.tensor(r, dtype=dtype)),
+        inner.SGD(lr=1.0, steps=steps),
+    )
+
+
+@pytest.mark.parametrize("method", ["unroll", "forward", Truncated(steps=1000)])
+def test_a_loop_that_amplifies_rounding_is_untrusted(method: Any) -> None:
+    calm = hypergradient(logistic_map(3.2), method).certificate
+    assert calm.verdict == "exact" and calm.error is not None and calm.error <= 1e-13
+    chaos = hypergradient(logistic_map(3.9), method, on_untrusted="ignore")
+    assert chaos.certificate.verdict == "untrusted" and "lower the inner learning rate" in chaos.certificate.reasons[0]
+    # A change of the last digit is a change of everything.
+    beside = hypergradient(logistic_map(3.9 * (1.0 + 1e-15)), method, on_untrusted="ignore")
+    assert abs(float(beside.gradient / chaos.gradient) - 1.0) > 0.1
+
+
+@pytest.mark.parametrize("method", ["unroll", "forward"])
+def test_rounding_is_that_of_the_dtype(method: str) -> None:
+    """28 chaotic steps grow by about 1e5: nothing to float64, everything to float32."""
+    truth = hypergradient(logistic_map(3.9, 28), method)
+    assert truth.certificate.verdict == "exact"
+    single = hypergradient(logistic_map(3.9, 28, torch.float32), method, on_untrusted="ignore")
+    assert abs(float(single.gradient) / float(truth.gradient) - 1.0) > 1e-2
+    assert single.certificate.verdict == "untrusted"
+    half = hypergradient(logistic_map(2.5, 20, torch.bfloat16), method)  # converges
+    assert half.certificate.verdict == "approximate"
+    assert half.certificate.error is not None and half.certificate.error >= torch.finfo(torch.bfloat16).eps
