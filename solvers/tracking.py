@@ -287,8 +287,8 @@ def _squared(v: Vector) -> float:
 
 
 _BENT = (
-    "on the way to the inner solution the inner gradient changes otherwise than the Hessian says, by {:.1g} of the change: "
-    "the inner loss has kinks there (abs, relu, hinge), or w is far away: smooth the loss, take more `steps` a call or a "
+    "towards the inner solution the inner gradient changes otherwise than the Hessian says, by {:.1g} of the change: "
+    "the inner loss has kinks there (abs, relu, hinge), or w is far away: smooth the loss, take more `steps` or a "
     'longer `warmup`, or choose a method that sees kinks (bilevel.inner.Proximal with method="implicit")'
 )
 _GROWS = (
