@@ -1,0 +1,68 @@
+"""`python -m benchmarks`: the speed and memory of docs/performance.md, as Markdown.
+
+    python -m benchmarks --quick                           every section, less than 5 minutes
+    python -m benchmarks time-to-target --only a9a         one section, one problem
+    python -m benchmarks --rivals-python ../rivals/bin/python --save docs/performance/
+
+Rivals that neither this interpreter nor `--rivals-python` has are left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+from pathlib import Path
+
+from benchmarks.report import Settings, surroundings
+from benchmarks.rival_pythons import versions
+from benchmarks.workloads import DATA
+
+SECTIONS = {
+    "one-hypergradient": "One hypergradient",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed and memory, as Markdown.")
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; none: all")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, less than 5 minutes")
+    parser.add_argument("--small", action="store_true", help="tiny data, only to see whether it runs")
+    parser.add_argument("--data", default=str(DATA), help="folder of the data sets; made-up data where it is missing")
+    parser.add_argument("--rivals-python", action="append", default=[], help="an interpreter that has rivals (repeat)")
+    parser.add_argument("--threads", type=int, default=1, help="of every contender")
+    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="processor or wall-clock time")
+    parser.add_argument("--repeats", type=int, help="turns of each contender")
+    parser.add_argument("--limit", type=float, help="most seconds of a run until the target")
+    parser.add_argument("--only", nargs="+", default=[], help="cases of a section, such as a9a")
+    parser.add_argument("--save", type=Path, help="a folder for the sections as files of their own")
+    parser.add_argument("--images", type=Path, help="a folder for the plots")
+    given = parser.parse_args()
+    unknown = [name for name in given.sections if name not in SECTIONS]
+    if unknown:
+        parser.error(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    settings = Settings(
+        quick=given.quick,
+        small=given.small,
+        data=given.data,
+        rivals_python=tuple(given.rivals_python),
+        threads=given.threads,
+        clock=given.clock,
+        repeats=given.repeats or (3 if given.quick else 7),
+        limit=given.limit or (5.0 if given.quick else 300.0),
+        only=tuple(given.only),
+        images=given.images,
+    )
+    print(f"{surroundings(settings)}; {versions((settings.python, *settings.rivals_python))}\n", flush=True)
+    for name in given.sections or SECTIONS:
+        begin = time.perf_counter()
+        text = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").run(settings)
+        page = f"## {SECTIONS[name]}\n\n{text}\n"
+        if given.save is not None:
+            given.save.mkdir(parents=True, exist_ok=True)
+            (given.save / f"{name}.md").write_text(page, encoding="utf-8")
+        print(f"{page}\n({name}: {time.perf_counter() - begin:.0f} s)\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
