@@ -54,7 +54,9 @@ class Solved:
     curvature: float
 
     def missing(self, left: Vector) -> float:
-        """Return |left| / curvature."""
+        """Return |left| / curvature; infinite where something is left and no curvature is known to be there."""
+        if not self.curvature > 0.0 and _any(self.left):
+            return math.inf
         return ratio(float(norm(left)), max(self.curvature, 0.0))
 
 

@@ -64,7 +64,7 @@ class FixedPoint:
         shrink, spent = _contraction(increments), len(increments)
         correction = None
         if shrink < 1.0:
-            correction = correction_of(response, outer, step, lower, upper, u, gradient, 1.0 - shrink, spent)
+            correction = correction_of(response, outer, step, lower, upper, u, gradient, spent)
         error = None if correction is None else correction.error
         inner = ratio(float(norm(system.residual)), inner_scale(response, system, lower, upper))
         displacement = ratio(float(norm(step.residual)), float(norm(lower)))
@@ -75,7 +75,7 @@ class FixedPoint:
 def _iterate(
     step: StepMap, rhs: Vector, start: Vector | None, rtol: float, max_steps: int
 ) -> tuple[Vector, list[float]]:
-    """Return the u of the smallest increment, and the norms of all increments up to it."""
+    """Return the u of the smallest increment, and the norms of all increments up to it; two where none was smaller."""
     u = rhs if start is None else start
     best, smallest, increments = u, 0, [math.inf]
     for _ in range(max_steps):
@@ -87,11 +87,11 @@ def _iterate(
         increments.append(increment)
         if increment <= rtol * float(norm(u)) or not increment <= GROWTH * increments[1]:
             break
-    return best, increments[1 : smallest + 1]
+    return best, increments[1 : max(smallest, 2) + 1]
 
 
 def _contraction(increments: list[float]) -> float:
-    """Return the mean factor by which the last increments shrank."""
+    """Return the mean factor by which the last increments shrank; 0 for a single one."""
     recent = increments[-1 - MEMORY :]
     return ratio(recent[-1], recent[0]) ** (1.0 / (len(recent) - 1)) if len(recent) > 1 else 0.0
 

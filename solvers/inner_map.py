@@ -13,19 +13,19 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 import optree
 import torch
 from torch import Tensor
 
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import Linearization, OuterGradient, Response, negative, outer_gradient, ratio
-from bilevel.solvers.correction import MOST, Bound, Correction, Equation, Solved, correct, loosely
-from bilevel.solvers.linear import GMRES
+from bilevel.solvers.correction import FEWEST, LOOSE, MOST, Bound, Correction, Equation, Solved, correct, loosely
+from bilevel.solvers.linear.base import wide
+from bilevel.solvers.linear.gmres import cycle
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
 from bilevel.solvers.recorded import is_float
-from bilevel.vector import Vector, axpy, detach, leaves, norm, scale, subtract, zeros_like
-
-GMRES_RTOL = 0.03  # of the correction to u
+from bilevel.vector import Vector, axpy, detach, leaves, norm, scale, subtract, unflatten, zeros_like
 
 UNSEEN = (
     "neither loss nor the inner step uses it. Take it out of `hparams`, or use it in a loss or in a setting of the "
@@ -185,7 +185,6 @@ def correction_of(
     upper: Vector,
     u: Vector,
     gradient: Vector,
-    curvature: float,
     spent: int,
 ) -> Correction | None:
     """Correct `gradient`, which the adjoint u gave, once (see `bilevel.solvers.correction`).
@@ -198,7 +197,6 @@ def correction_of(
         upper: λ.
         u: the adjoint.
         gradient: dF/dλ.
-        curvature: 1 - contraction of the step, as far as it is known; infinite where it is not.
         spent: products that the hypergradient took.
     """
     maps = [step]
@@ -210,12 +208,34 @@ def correction_of(
 
     def by_gmres(r: Vector, size: float, settled: Callable[[Bound], bool]) -> Solved:
         rest = LinearOperator(lambda v: subtract(v, maps[-1].pull(v)), u, symmetric=False)
-        most = max(MOST, spent // 2)
-        found = GMRES(rtol=GMRES_RTOL, max_steps=most, restart=most).solve(rest, r)
-        met = ratio(float(norm(r)), float(norm(found.value)))
-        return Solved(found.value, found.residual, min(curvature, met))
+        return _loosely_by_gmres(rest, r, max(MOST, spent // 2))
 
     here = _equation(outer, step, lower)
-    # A gradient step contracts by 1 minus the smallest curvature; with momentum the two have no such tie.
-    solve = loosely(step.operator, curvature if step.symmetric else math.inf, spent)
+    # The increments of an iteration that is not at its end tell a curvature that is too large: none is taken from them.
+    solve = loosely(step.operator, math.inf, spent)
     return correct(lower, upper, gradient, u, here, there, response, solve, None if step.symmetric else by_gmres)
+
+
+def _loosely_by_gmres(operator: LinearOperator, r: Vector, most: int) -> Solved:
+    """Solve until what is missing is small beside the answer, as `loosely` does; singular values bound it here."""
+    low = math.inf
+
+    def enough(left: float, length: float, H: Any) -> bool:
+        nonlocal low
+        if H.shape[1] < FEWEST or left > LOOSE * low * length:
+            return False
+        low = min(low, _expected_singular_value(H))
+        return left <= LOOSE * low * length
+
+    b = wide(r)
+    if not bool(b.any()):
+        return Solved(r, r, math.inf)
+    x, H = cycle(operator, b, min(most, b.numel()), enough)
+    return Solved(unflatten(x, r), unflatten(b - operator.flat(x), r), min(low, _expected_singular_value(H)))
+
+
+def _expected_singular_value(H: Any) -> float:
+    """Return the smallest one; while it still falls, what twice the fall of the last third would make of it."""
+    k = H.shape[1]
+    now, before = (float(np.linalg.svd(H[: j + 1, :j], compute_uv=False)[-1]) for j in (k, max(1, 2 * k // 3)))
+    return ratio(now, before) ** 2 * now

@@ -10,7 +10,6 @@ AAAI 2022. Φ is the step of the inner solver where it has one (see `bilevel.sol
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,7 +47,7 @@ class OneStep:
         step = step_map(response, system, lower, upper)
         u = step.embed(outer.lower)
         gradient = add_terms(response, outer.upper, without_step_sizes(step, system, u, upper), upper, UNSEEN)
-        correction = correction_of(response, outer, step, lower, upper, u, gradient, math.inf, spent=1)
+        correction = correction_of(response, outer, step, lower, upper, u, gradient, spent=1)
         inner = ratio(float(norm(system.residual)), inner_scale(response, system, lower, upper))
         return Hypergradient(gradient, outer.loss, lower, _certificate(inner, correction), response.cost), None
 

@@ -106,6 +106,37 @@ def test_an_inner_solution_that_is_off_shows_in_the_estimate(known: KnownProblem
     assert error < 1e-3 or found.certificate.verdict != "exact"
 
 
+def two_curvatures(lr: Any, steps: int = 1) -> bilevel.BilevelProblem:
+    """g = w·Aw / 2 - h (w_0 + w_1), A = diag(0.01, 1), f = 0.01 w_0 + w_1: w* = (100, 1) h and dF/dh = 2."""
+    A, c = torch.tensor([[0.01, 1.0], [0.01, 1.0]], dtype=torch.float64)
+    return bilevel.BilevelProblem(
+        lambda w, h: (A * w**2).sum() / 2 - h * w.sum(),
+        lambda w, h: (c * w).sum(),
+        torch.zeros(2, dtype=torch.float64),
+        torch.ones((), dtype=torch.float64),
+        inner.SGD(lr=lr, steps=steps),
+    )
+
+
+@pytest.mark.parametrize("method", ["one-step", FixedPoint(max_steps=1), FixedPoint(max_steps=2)])
+def test_a_small_part_of_the_right_hand_side_may_be_half_of_the_answer(method: Any) -> None:
+    """The correction of u is solved until its own error is small, and not until its residual is."""
+    w = torch.tensor([100.0, 1.0], dtype=torch.float64)
+    found = hypergradient(two_curvatures(0.5), method, params=w, on_untrusted="ignore")
+    error = abs(float(found.gradient) - 2.0) / 2.0
+    assert error > 0.5
+    assert found.certificate.error == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["one-step", "fixed-point", FixedPoint(max_steps=1), FixedPoint(rtol=0.1)])
+def test_a_step_of_length_zero_tells_nothing(method: Any) -> None:
+    """A cosine schedule ends with a learning rate of 0: every point is a fixed point then, and λ moves none."""
+    problem = two_curvatures(lambda h, step: 0.5 * (1.0 + math.cos(math.pi * step / 29)), steps=30)
+    found = hypergradient(problem, method, on_untrusted="ignore")
+    assert float(found.gradient) == 0.0
+    assert (found.certificate.verdict, found.certificate.error) == ("untrusted", None)
+
+
 def test_it_sees_the_step_and_no_learning_rate() -> None:
     def problem(**settings: Any) -> bilevel.BilevelProblem:
         return bilevel.BilevelProblem(

@@ -8,6 +8,7 @@ many dots, and orthogonal to rounding); a small least-squares solve instead of r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,9 +76,11 @@ class GMRES:
             if steps >= limit:
                 status = "max_steps"
                 break
-            correction, taken, seen = _cycle(operator, r, size, threshold, min(self.restart, limit - steps))
-            candidate, steps = x + correction, steps + taken
+            length = min(self.restart, limit - steps)
+            correction, H = cycle(operator, r, length, lambda left, y, H: left <= threshold)
+            candidate, steps = x + correction, steps + H.shape[1]
             if operator.symmetric:
+                seen = float(np.linalg.eigvalsh((H[:-1] + H[:-1].T) / 2)[0])
                 curvature = seen if curvature is None else min(curvature, seen)
             after = b - operator.flat(candidate)
             if not math.sqrt(inner(after, after)) < 0.99 * size:
@@ -87,11 +90,19 @@ class GMRES:
         return finished(operator, rhs, x, status, steps, curvature)
 
 
-def _cycle(
-    operator: LinearOperator, r: Tensor, size: float, threshold: float, length: int
-) -> tuple[Tensor, int, float]:
-    """Return the correction of one Arnoldi cycle, its steps, and the smallest v·Av over its basis."""
+def cycle(
+    operator: LinearOperator, r: Tensor, length: int, enough: Callable[[float, float, Any], bool]
+) -> tuple[Tensor, Any]:
+    """Return the correction of one Arnoldi cycle, and H `(k + 1, k)`, the operator in its basis.
+
+    Args:
+        operator: square.
+        r: what it should make of the correction, float64 `(n,)`, not zero.
+        length: most steps.
+        enough: what is left of r, the size of the correction, H -> whether to stop.
+    """
     basis = torch.empty(length + 1, r.numel(), dtype=r.dtype, device=r.device)
+    size = math.sqrt(inner(r, r))
     basis[0] = r / size
     H = np.zeros((length + 1, length))
     y: Any = np.zeros(0)
@@ -104,12 +115,11 @@ def _cycle(
         H[k + 1, k] = math.sqrt(inner(w, w))
         e = np.zeros(k + 2)
         e[0] = size
-        y = np.linalg.lstsq(H[: k + 2, : k + 1], e, rcond=None)[0]
-        left = float(np.linalg.norm(e - H[: k + 2, : k + 1] @ y))
-        if left <= threshold or H[k + 1, k] <= 1e-14 * np.abs(H).max():
+        seen = H[: k + 2, : k + 1]
+        y = np.linalg.lstsq(seen, e, rcond=None)[0]
+        left = float(np.linalg.norm(e - seen @ y))
+        if H[k + 1, k] <= 1e-14 * np.abs(H).max() or enough(left, float(np.linalg.norm(y)), seen):
             break
         basis[k + 1] = w / H[k + 1, k]
     used = len(y)
-    coefficients = torch.from_numpy(y).to(r.device, r.dtype)
-    lowest = float(np.linalg.eigvalsh((H[:used, :used] + H[:used, :used].T) / 2)[0])
-    return basis[:used].T @ coefficients, used, lowest
+    return basis[:used].T @ torch.from_numpy(y).to(r.device, r.dtype), H[: used + 1, :used]
