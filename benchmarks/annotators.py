@@ -24,6 +24,8 @@ from bilevel import METHODS, BilevelProblem, inner
 from bilevel.solvers import Estimator, about, estimator
 
 ANNOTATORS, IMAGES, VALIDATION = 20, 20, 200
+OBJECTS: dict[str, Estimator] = {"PBGD()": bilevel.PBGD(), "BOME()": bilevel.BOME()}  # these have no name
+LOOP = 200
 STRENGTH = 1e-3  # of the L2 penalty, small: data and weights shall decide
 
 
@@ -69,10 +71,13 @@ def inner_loss(w: Any, h: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tenso
     return (h[who] * losses).mean() + STRENGTH * (w["weight"] ** 2).sum()
 
 
-def problem_for(method: str, digits: Digits) -> BilevelProblem:
-    """Return the problem with the inner solver that the method needs."""
-    solver = inner.SGD(lr=0.5, momentum=0.9, steps=200) if about(estimator(method)).unrolls else None
-    start = {"weight": torch.zeros(64, 10, dtype=torch.float64), "bias": torch.zeros(10, dtype=torch.float64)}
+def problem_for(method: str | Estimator, digits: Digits, loop: int = LOOP) -> BilevelProblem:
+    """Return the problem with the inner solver that the method needs; one that is unrolled takes `loop` steps."""
+    solver = inner.SGD(lr=0.5, momentum=0.9, steps=loop) if about(estimator(method)).unrolls else None
+    start = {
+        "weight": torch.zeros(digits.train[0].shape[1], 10, dtype=torch.float64),
+        "bias": torch.zeros(10, dtype=torch.float64),
+    }
     weights = bilevel.interval(0.5, 0.0, 1.0, shape=ANNOTATORS)
     return BilevelProblem(inner_loss, outer_loss, start, weights, solver, digits.train, digits.valid)
 
@@ -90,13 +95,18 @@ class Outcome:
     verdicts: str
 
 
-def run(method: str, digits: Digits, steps: int, settings: Estimator | None = None) -> Outcome:
+def run(method: str, digits: Digits, steps: int, settings: Estimator | None = None, loop: int = LOOP) -> Outcome:
     """Tune the annotators' weights by one method, with its default settings or others."""
     begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bilevel.UntrustedHypergradientWarning)  # they are in the table
         solution = bilevel.solve(
-            problem_for(method, digits), settings or method, steps=steps, seed=0, progress=False, outer_optimizer=adam
+            problem_for(settings or method, digits, loop),
+            settings or method,
+            steps=steps,
+            seed=0,
+            progress=False,
+            outer_optimizer=adam,
         )
     seconds = time.perf_counter() - begin
     return outcome(method, solution.params, solution.hparams, digits, seconds, [r.verdict for r in solution.history])
@@ -145,13 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="outer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    every = [*METHODS, *OBJECTS]
+    parser.add_argument("--methods", nargs="+", choices=every, default=every)
     options = parser.parse_args()
     torch.set_num_threads(1)
     digits = read_digits(options.seed)
     outcomes = [untuned(digits)]
     for method in options.methods:
-        outcomes.append(run(method, digits, options.steps))
+        outcomes.append(run(method, digits, options.steps, OBJECTS.get(method)))
         print(table(outcomes[-1:]).splitlines()[-1], flush=True)
     print()
     print(table(outcomes))
