@@ -15,6 +15,7 @@ from bilevel.errors import (
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
 )
+from bilevel.families import over
 from bilevel.gradient_check import GradientCheck, check_gradient
 from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
@@ -109,6 +110,7 @@ __all__ = [
     "hypergradient",
     "inner",
     "interval",
+    "over",
     "positive",
     "prox",
     "real",

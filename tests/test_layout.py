@@ -44,6 +44,7 @@ FLOORS = {
     "bilevel.response": 3,
     "bilevel.stepping": 3,
     "bilevel.kinks": 3,
+    "bilevel.families": 4,
     "bilevel.evaluation": 4,
     "bilevel.choosing": 4,
     "bilevel.walk": 4,
