@@ -18,7 +18,7 @@ from bilevel.errors import (
     UntrustedHypergradientWarning,
     meant,
 )
-from bilevel.inner import InnerSolver
+from bilevel.inner import LBFGS, InnerSolver
 from bilevel.inner.base import Decay
 from bilevel.kinks import doubt_kinks
 from bilevel.problem import BilevelProblem
@@ -83,8 +83,10 @@ class Evaluator:
             if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
                 found = doubt_kinks(response, found, upper, status)
         self.lower = found.params
-        if self.notes:
-            certificate = replace(found.certificate, notes=(*self.notes, *found.certificate.notes))
+        idle = idle_solver(self.inner_solver or self.problem.inner_solver, self.estimator)
+        notes = (*self.notes, *([f"inner_solver={idle}"] if idle and given is None else []))
+        if notes:
+            certificate = replace(found.certificate, notes=(*notes, *found.certificate.notes))
             found = replace(found, certificate=certificate)
         return Evaluation(found, response.inner_loss, steps, status)
 
@@ -156,6 +158,13 @@ def check_smooth(solver: InnerSolver, estimator: Estimator) -> None:
             f"`inner_solver` is {type(solver).__name__} with penalties that have kinks, and {type(estimator).__name__} "
             'takes plain gradient steps of `inner_loss` alone; write method="implicit"'
         )
+
+
+def idle_solver(solver: InnerSolver, estimator: Estimator) -> str | None:
+    """Return what to say of an inner solver that a method which moves the inner variables itself does not run."""
+    if about(estimator).begins != "last" or isinstance(solver, LBFGS):
+        return None
+    return f"{type(solver).__name__} plays no part: {type(estimator).__name__} takes its own inner steps"
 
 
 def check_on_untrusted(on_untrusted: str) -> None:

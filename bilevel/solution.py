@@ -21,6 +21,7 @@ FORMAT = 1  # of saved files
 
 # Up to this many values of a tensor are kept in a record one by one, above that their quantiles.
 SHOWN_ONE_BY_ONE = 12
+LAST = 10  # steps whose outer losses are averaged, where each is that of other batches
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
@@ -119,7 +120,7 @@ class Solution:
         records = [self.start, *self.history]
         rows = [
             ("status", self.status),
-            ("outer loss", f"{self.start.outer_loss:.6g} -> {self.outer_loss:.6g}"),
+            ("outer loss", self._told_loss()),
             ("hypergradient norm", f"{self.start.hypergradient_norm:.2e} -> {last.hypergradient_norm:.2e}"),
             ("verdict", self.certificate.verdict),
         ]
@@ -139,6 +140,14 @@ class Solution:
         rows += [("!", reason) for reason in self.certificate.reasons]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def _told_loss(self) -> str:
+        """Return the outer loss at both ends; where each step has batches of its own, a mean over the last ones."""
+        if self.certificate.standard_error is None or not self.history:
+            return f"{self.start.outer_loss:.6g} -> {self.outer_loss:.6g}"
+        last = [record.outer_loss for record in self.history[-LAST:]]
+        mean = sum(last) / len(last)
+        return f"{self.start.outer_loss:.6g} -> {mean:.6g} (mean over the batches of the last {len(last)} steps)"
 
     def plot(self) -> Figure:
         """Draw both losses, the residuals and the hyperparameters over the steps; needs matplotlib."""

@@ -26,26 +26,34 @@ class Averaged:
 
     Args:
         batches: number of draws, at least 2; n draws cost n hypergradients, the inner solve not among them.
-        estimator: what is averaged; a method that does not unroll.
+        estimator: what is averaged, or its name; a method that does not unroll.
     """
 
     batches: int = 8
-    estimator: Estimator = field(default_factory=Implicit)
+    estimator: Estimator | str = field(default_factory=Implicit)
 
     def __post_init__(self) -> None:
+        from bilevel.solvers import estimator  # whose table of names holds this class too
+
         check_count(self.batches, "batches")
         if self.batches < 2:
             raise InvalidValueError("`batches` is 1, and a standard error needs at least 2 draws")
-        if about(self.estimator).begins != "solution" or about(self.estimator).sees == "loop":
+        object.__setattr__(self, "estimator", estimator(self.estimator, "estimator"))
+        if about(self._method).begins != "solution" or about(self.estimator).sees == "loop":
             raise InvalidValueError(
                 f"`estimator` is {self.estimator!r}, which is no method at a given inner solution (it runs "
                 "the inner loop itself, or may choose to); average an implicit one"
             )
 
     @property
+    def _method(self) -> Estimator:
+        assert not isinstance(self.estimator, str)
+        return self.estimator
+
+    @property
     def about(self) -> About:
         """What the averaged estimator declares, for so many draws."""
-        declared = about(self.estimator)
+        declared = about(self._method)
         return replace(declared, terms=replace(declared.terms, cost=f"{self.batches} x ({declared.terms.cost})"))
 
     def __call__(
@@ -56,7 +64,7 @@ class Averaged:
         for i in range(self.batches):
             if i:
                 response.redraw()
-            found, state = self.estimator(response, lower, upper, state)
+            found, state = self._method(response, lower, upper, state)
             draws.append(found)
         mean = zeros_like(upper)
         for found in draws:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bilevel.certificate import Certificate, judge
+from bilevel.certificate import APPROXIMATE_BELOW, Certificate, judge
 from bilevel.solvers.base import (
     Linearization,
     OuterGradient,
@@ -253,7 +253,7 @@ class Tracking:
             for mean, independent in ((self.inner, self.held), (self.adjoint, self.forgets))
         )
         low, noise = self.lowest or 0.0, None if self.noise is None else ratio(self.noise, size)
-        wrong, error = self._wrong(here, self.bend or 0.0), None
+        wrong, error, bias = self._wrong(here, self.bend or 0.0), None, 0.0
         if noise is None:
             wrong.append(
                 f"the noise of minibatches is known after {FEWEST} calls, and this one is no. {self.calls + 1}"
@@ -265,11 +265,7 @@ class Tracking:
             reach *= ratio(self.adjoint.size(self.forgets), float(norm(lag)))
             bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
             error = bias + DEVIATIONS * noise
-        hint = (
-            f'the noise of minibatches is {noise or 0.0:.1e} (larger batches, `momentum`, or method="saba"; near the '
-            "optimum of the outer loss noise is all that is left) and the rest is the lag of w and v (more `steps` a "
-            "call, a longer `warmup`, a smaller outer learning rate)"
-        )
+        hint = _told(bias, DEVIATIONS * (noise or 0.0))
         verdict, reasons = judge(error, wrong, by_design=True, hint=hint)
         verdict = "approximate" if verdict == "exact" else verdict  # a bound by means of draws proves no digits
         return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons), standard_error=noise)
@@ -291,6 +287,20 @@ _BENT = (
     "the inner loss has kinks there (abs, relu, hinge), or w is far away: smooth the loss, take more `steps` or a "
     'longer `warmup`, or choose a method that sees kinks (bilevel.inner.Proximal with method="implicit")'
 )
+
+
+def _told(lag: float, noise: float) -> str:
+    """Return which part of the error is the larger, and its knobs."""
+    shares = f"{noise:.1e} of it is the noise of minibatches, {lag:.1e} the lag of w and v behind λ: "
+    if lag > noise:
+        return shares + "take more `steps` a call, a longer `warmup`, or a smaller outer learning rate"
+    times = math.ceil((noise / max(APPROXIMATE_BELOW - lag, 0.1)) ** 2) if math.isfinite(noise) else "many"
+    return shares + (
+        f"give batches {times} times as large, or `momentum=0.9`, which is about four times less noisy than none, or "
+        'take method="saba"; near the optimum of the outer loss noise is all that is left'
+    )
+
+
 _GROWS = (
     "the adjoint grows along negative curvature of the inner loss: train the inner problem further, regularize it, or "
     'use method="minres", which needs no positive curvature'

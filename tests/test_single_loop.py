@@ -392,3 +392,36 @@ def test_a_mean_over_calls_counts_as_an_error() -> None:
     w = 1.0 / 11.0
     true = float(found.gradient["hparams"]) / ((2.0 - w) * w**2) - 1.0
     assert true > 10.0 and found.certificate.verdict == "untrusted"
+
+
+@pytest.mark.parametrize("method", [SOBA(warmup=20), SOBA(warmup=80), AmIGO(warmup=20), StocBiO(warmup=40)])
+def test_kinks_are_untrusted(method: Any) -> None:
+    """An l1 penalty: w jumps to and fro over 0, where it should stand (w = (1.75, 0), the hypergradient is 0.25)."""
+    bend, pull = torch.tensor([1.0, 0.02], dtype=torch.float64), torch.tensor([2.0, -0.2], dtype=torch.float64)
+    of = BilevelProblem(
+        lambda w, h: (bend * w**2).sum() / 2 - pull @ w + h * w.abs().sum(),
+        lambda w, h: ((w - 2.0) ** 2).sum() / 2,
+        torch.tensor([0.0, 5.0], dtype=torch.float64),
+        bilevel.positive(0.25),
+    )
+    certificate = found(of, method).certificate
+    assert certificate.verdict == "untrusted" and certificate.reasons
+
+
+def test_what_plays_no_part_is_told() -> None:
+    of = problem("shuffled")
+    of.inner_solver = bilevel.inner.SGD(lr=0.1, steps=3)
+    notes = found(of, SOBA(warmup=20)).certificate.notes
+    assert notes == ("inner_solver=SGD plays no part: SOBA takes its own inner steps",)
+    assert not found(problem("shuffled"), SOBA(warmup=20)).certificate.notes
+
+
+def test_the_loss_of_single_batches_is_told_as_a_mean_and_noise_with_its_knobs() -> None:
+    with pytest.warns(
+        bilevel.UntrustedHypergradientWarning, match=r"noise of minibatches.*batches \d+ times.*momentum"
+    ):
+        end = bilevel.solve(problem("shuffled", batch=3), SOBA(warmup=200, steps=2), steps=8, seed=0)
+    mean = sum(record.outer_loss for record in end.history) / 8
+    assert f"-> {mean:.6g} (mean over the batches of the last 8 steps)" in end.summary()
+    whole = bilevel.solve(problem("whole"), SOBA(warmup=200, steps=2), steps=2, on_untrusted="ignore")
+    assert "mean over" not in whole.summary()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError
-from bilevel.evaluation import check_decay, check_smooth
-from bilevel.inner import LBFGS
+from bilevel.evaluation import check_decay, check_smooth, idle_solver
 from bilevel.preflight.report import Costs, Finding, Level
 from bilevel.problem import BilevelProblem
 from bilevel.response import ProblemResponse
@@ -180,13 +179,8 @@ def _check_moving(dry: DryRun) -> None:
         message, _, cure = str(error).partition("; ")
         dry.add("error", "inner_solver", message, cure)
         return
-    if not isinstance(solver, LBFGS):
-        dry.add(
-            "note",
-            "inner_solver",
-            f"{type(solver).__name__} plays no part: {type(dry.method).__name__} takes its own inner steps",
-            'set the step size there (lr=...), or write method="implicit"',
-        )
+    if idle := idle_solver(solver, dry.method):
+        dry.add("note", "inner_solver", idle, 'set the step size there (lr=...), or write method="implicit"')
 
 
 def _check_data(dry: DryRun) -> None:
