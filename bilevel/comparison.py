@@ -178,9 +178,8 @@ def compare(
     bench = Bench(problem, upper, seed)
     held_against = _reference(bench, reference)
     rows = [_row(bench, label, method, held_against.gradient, repeats, memory) for label, method in chosen.items()]
-    why = f"up to {repeats} timed calls of each method" + (
-        " and a slower one that watches its memory (memory=False leaves it out)" * memory
-    )
+    why = "a timed call of each method" if repeats == 1 else f"up to {repeats} timed calls of each method"
+    why += " and a slower one that watches its memory (memory=False leaves it out)" * memory
     conditions = f"seed {seed}; {time.perf_counter() - begin:.2g} s in all: the reference, {why}"
     return Comparison(tuple(rows), held_against.words, bench.words, conditions)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -14,8 +15,17 @@ from bilevel.vector import Vector, dense
 
 def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tensor:
     """Return what a loss of the user's returns, checked; an error of its own gets a note where it came from."""
-    with noting(name, ", ".join(("params", "hparams", "batch")[: len(given)]), given[1]):
-        value = loss(*given)
+    try:
+        with noting(name, ", ".join(("params", "hparams", "batch")[: len(given)]), given[1]):
+            value = loss(*given)
+    except RuntimeError as error:
+        dtypes = {t.dtype for t in optree.tree_leaves(given[1]) if isinstance(t, Tensor)}
+        if len(dtypes) == 1 and any(word in str(error) for word in ("dtype", "Double", "Half")):
+            error.add_note(
+                f"bilevel: `params` and `hparams` are {dtypes.pop()} here; give the data of `{name}` that dtype too, "
+                "or `params` and `hparams` the dtype of the data (.double())"
+            )
+        raise
     if not isinstance(value, Tensor):
         hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
         raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")

@@ -112,10 +112,8 @@ class Choice:
     def __str__(self) -> str:
         counts = ((self.gradients, "gradients"), (self.products, "Hessian-vector products"))
         predicted = [f"{count:,} {name}" for count, name in counts if count is not None]
-        also = [self.also] if self.also else []
-        return (
-            f"auto chose {self.name}: {self.why} (about {', '.join([*also, *predicted, f'{self.megabytes:.3g} MB'])})"
-        )
+        also = f"{self.also}{' ' if self.also.endswith(':') else ', '}" if self.also else ""
+        return f"auto chose {self.name}: {self.why} (about {also}{', '.join([*predicted, f'{self.megabytes:.3g} MB'])})"
 
 
 def choose(facts: Facts) -> Choice:
@@ -158,7 +156,7 @@ def _single_loop(facts: Facts) -> Choice:
         "variables itself; inner_solver=bilevel.inner.Adam(lr=..., steps=...) would train between outer steps"
     )
     held = (facts.graph_bytes + 4 * facts.inner * facts.number_bytes) / 1e6
-    also = f"{method.warmup:,} steps of 2 gradients and a product in the first call, later"
+    also = f"{method.warmup:,} steps of 2 gradients and a product in the first call; later:"
     return Choice(method, "soba", why, 2 * method.steps, method.steps + 1, held, also)
 
 

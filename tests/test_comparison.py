@@ -179,10 +179,7 @@ def test_without_a_reference_that_can_be_trusted_there_are_no_errors() -> None:
         found.plot()
     loop = with_solver(inner.SGD(lr=0.1, steps=3))
     unrolled = compare(loop, ["direct", "unroll"], memory=False)
-    assert (
-        unrolled.reference.startswith("unroll, good to 0e+00, because the implicit hypergradient")
-        and unrolled.rows[1].error == 0.0
-    )
+    assert unrolled.reference.startswith("unroll, good to ") and unrolled.rows[1].error == 0.0
 
 
 def test_a_loop_that_cannot_be_differentiated_is_held_against_differences() -> None:

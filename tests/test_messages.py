@@ -82,6 +82,17 @@ def test_a_missing_key_of_hparams_is_shown_with_those_there_are() -> None:
     assert caught.value.__notes__[1] == "bilevel: the keys of `hparams` are 'l2'; did you mean \"l2\"?"
 
 
+def test_data_of_another_dtype() -> None:
+    """NumPy's float64 beside torch's float32: the commonest stumble of all."""
+    x = torch.ones(3, 2, dtype=torch.float64)
+    closed = BilevelProblem(
+        lambda w, h: (x @ w).square().sum() + h, lambda w, h: w.sum(), torch.zeros(2), bilevel.positive(0.1)
+    )
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.hypergradient(closed)
+    assert caught.value.__notes__[1].startswith("bilevel: `params` and `hparams` are torch.float32 here")
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -59,7 +59,8 @@ class LBFGS:
         if not task.deterministic:
             raise InvalidValueError(
                 "L-BFGS needs one fixed inner loss, and `inner_data` gives another batch at every call; give one batch "
-                "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
+                "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...), "
+                'or method="soba", which needs no inner solver'
             )
         threshold = self._rtol(next(iter(lower.values())).dtype) * task.start_gradient_norm(upper)
         unit, linearize = _prepared(task, lower, upper, threshold)
