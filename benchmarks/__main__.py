@@ -20,6 +20,9 @@ from benchmarks.workloads import DATA
 
 SECTIONS = {
     "one-hypergradient": "One hypergradient",
+    "time-to-target": "Time until the optimum",
+    "scaling": "Scaling",
+    "overhead": "Overhead",
 }
 
 

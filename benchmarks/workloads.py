@@ -141,7 +141,7 @@ def a9a(data: Path | None, small: bool = False) -> Workload:
     train, valid = np.split(order, [len(order) * 2 // 3])
     return Workload(
         "a9a", "l2", (X[train], y[train]), (X[valid], y[valid]), [np.zeros((1, X.shape[1]))], np.ones(X.shape[1]), True,
-        (0.03, 0.1, 0.3), _source(data),
+        (0.1, 0.3, 1.0), _source(data),
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def mlp(data: Path | None, small: bool = False) -> Workload:
     params = [(dice.standard_normal(s) / np.sqrt(s[-1])).astype("f4") for s in shapes]
     strengths = np.full(sum(p.size for p in params), 1e-2, "f4")
     return Workload(
-        "mlp", "mlp", (X[:count], y[:count]), (X[count:], y[count:]), params, strengths, True, (0.03, 0.1, 0.3),
+        "mlp", "mlp", (X[:count], y[:count]), (X[count:], y[count:]), params, strengths, True, (0.1, 0.3, 1.0),
         _source(data),
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def news20(data: Path | None, small: bool = False, binary: bool = False) -> Work
     train, valid = (np.flatnonzero(split == part)[: 500 if small else None] for part in (0, 1))
     return Workload(
         "news20-binary" if binary else "news20", "l2", (X[train], labels[train]), (X[valid], labels[valid]),
-        [np.zeros((1 if binary else 20, X.shape[1]))], np.ones(X.shape[1]), True, (0.03, 0.1, 0.3), _source(data),
+        [np.zeros((1 if binary else 20, X.shape[1]))], np.ones(X.shape[1]), True, (0.1, 0.3, 1.0), _source(data),
     )  # fmt: skip
 
 
