@@ -68,14 +68,16 @@ def slope(quotient: Callable[[float], Vector], first: float, agreement: float, o
     best, smallest = 0, apart(0)
     for way in (1, -1):
         for k in range(way, way * FARTHEST, way):
-            if smallest <= agreement * float(norm(at(best))):
+            lost = math.isinf(smallest)  # where nothing is finite, shorter steps may be
+            if (way > 0) if lost else smallest <= agreement * float(norm(at(best))):
                 break
-            if not (now := apart(k)) < smallest:
+            if not (now := apart(k)) < smallest and not lost:
                 break
             best, smallest = k, now
     short, long = at(best), at(best + 1)
     value = axpy(1.0 / shrinks, subtract(short, long), short)
-    return Slope(value, smallest / shrinks, first * RATIO**best)
+    # Not divided by `shrinks`: where noise keeps the two apart, extrapolation takes nothing off.
+    return Slope(value, smallest, first * RATIO**best)
 
 
 def partial(response: Response, lower: Vector, upper: Vector, onto: Vector) -> dict[str, Tensor | None]:

@@ -33,9 +33,11 @@ from bilevel.solvers.base import (
     present,
     ratio,
 )
+from bilevel.solvers.correction import Correction, Equation, correct, loosely
 from bilevel.solvers.differences import Differences, inner_gradient, slope
+from bilevel.solvers.implicit import equation
 from bilevel.solvers.linear.base import dtype_of
-from bilevel.vector import Vector, axpy, dot, norm, scale, subtract, zeros_like
+from bilevel.vector import Vector, axpy, norm, scale, subtract, zeros_like
 
 Form = Literal["central", "forward"]
 
@@ -45,13 +47,17 @@ PULL = {torch.float64: 1e-3, torch.float32: 4e-3}
 AGREEMENT = 1e-3  # of two σ; what extrapolation leaves is about the square of it
 SETTLED = 1e-6  # part of its pull that an inner solve may leave before it is taken up again
 RESUMED = 4  # times at most
+SPENT = 60  # products that a correction is measured by: its two solves may take half of them each
+MOVE = 1e-3  # relative, of w, that shows what the inner loss uses
 
 
 @dataclass(frozen=True)
 class Penalty:
     """Differentiate through the inner optimum with first derivatives only, by training on inner + σ * outer loss.
 
-    Exact for σ to zero at exact inner solutions. Takes 4 inner solves or more, which begin at the inner solution.
+    Exact for σ to zero at exact inner solutions. Takes 4 inner solves or more, which begin at the inner solution;
+    under a penalty of `bilevel.prox` twice as many, to see how far they still go. The error is measured by one
+    correction (see `bilevel.solvers.correction`), by differences of gradients.
 
     Args:
         sigma: weight of the outer loss in what is trained on; larger is less exact, smaller needs an inner solver of
@@ -108,10 +114,14 @@ class Penalty:
             value, sigma = quotient(self.sigma), self.sigma
             halved = subtract(value, quotient(sigma / 2.0))
             apart = float(norm(halved)) / (1.0 - 0.5**self.order)
+        if not math.isfinite(apart):
+            raise NonFiniteError(_FAILED, "hypergradient")
+        if len(ends.used) < len(upper):
+            ends.look_around()
         used: dict[str, Tensor | None] = {name: value[name] for name in upper if name in ends.used}
         gradient = add_terms(response, dict.fromkeys(upper), dict.fromkeys(upper) | used, upper, _UNSEEN)
         size = max(float(norm(gradient)), response.gradient_floor)
-        certificate = ends.certificate(ratio(apart, size), sigma)
+        certificate = ends.certificate(ratio(apart, size), sigma, gradient)
         return Hypergradient(gradient, ends.outer.loss, lower, certificate, response.cost), None
 
 
@@ -140,7 +150,8 @@ class _Ends:
         self._scale = response.start_gradient_norm(upper)
         if not response.has_kinks:
             self._scale = inner_scale(response, Differences(response, lower, upper), lower, upper)
-        self._left: dict[float, float] = {}
+        self._missing: dict[float, float] = {}
+        self._adjoints: dict[float, Vector] = {}
         self.used = {name for name, t in self.outer.upper.items() if t is not None}
 
     def first_sigma(self) -> float:
@@ -151,64 +162,101 @@ class _Ends:
     def quotient(self, sigma: float, form: Form) -> Vector:
         """Return the hypergradient by one σ; infinite where training failed."""
         try:
-            plus = self._end(sigma)
-            minus = self._end(-sigma) if form == "central" else None
+            plus, inner_plus, outer_plus = self._end(sigma)
+            minus, inner_minus, outer_minus = (
+                self._end(-sigma) if form == "central" else (self._lower, self._here, self.outer)
+            )
         except NonFiniteError:
             return {name: torch.full_like(t, math.inf) for name, t in self._upper.items()}
-        inner_plus, outer_plus = plus
-        inner_minus, outer_minus = (self._here, None) if minus is None else minus
+        width = 2.0 * sigma if form == "central" else sigma
+        self.used |= self._changed(inner_plus, inner_minus)
+        self._adjoints[sigma] = scale(1.0 / width, subtract(minus, plus))
         result = zeros_like(self._upper)
-        width = sigma if minus is None else 2.0 * sigma
         for name in result:
             one, other = inner_plus.upper[name], inner_minus.upper[name]
-            if one is not None and other is not None and not torch.equal(one, other):
-                self.used.add(name)
+            if one is not None and other is not None:
                 result[name] = (one - other) / width
-        direct = [present(outer_plus.upper)] + ([] if outer_minus is None else [present(outer_minus.upper)])
+        direct = [present(outer_plus.upper)] + ([present(outer_minus.upper)] if form == "central" else [])
         for terms in direct:
             result |= {name: result[name] + t / len(direct) for name, t in terms.items()}
         return result
 
-    def _end(self, weight: float) -> tuple[OuterGradient, OuterGradient]:
-        """Return both losses' gradients where training on g + weight * f ends."""
+    def _changed(self, a: OuterGradient, b: OuterGradient) -> set[str]:
+        """Return the hyperparameters whose part of g's gradient is not the same at two ends."""
+        pairs = {name: (one, b.upper[name]) for name, one in a.upper.items()}
+        return {n for n, (one, two) in pairs.items() if one is not None and two is not None and not one.equal(two)}
+
+    def look_around(self) -> None:
+        """Find what the inner loss uses where the ends do not tell, because f does not pull: by a move of its own."""
+        dice = torch.Generator().manual_seed(0)
+        size = float(norm(self._lower)) or 1.0
+        v = {n: torch.randn(t.shape, generator=dice, dtype=torch.float64).to(t) for n, t in self._lower.items()}
+        there = axpy(MOVE * size / float(norm(v)), v, self._lower)
+        self.used |= self._changed(inner_gradient(self._response, there, self._upper), self._here)
+
+    def _end(self, weight: float) -> tuple[Vector, OuterGradient, OuterGradient]:
+        """Return where training on g + weight * f ends, and both losses' gradients there."""
         end, best, pull = self._lower, math.inf, abs(weight) * float(norm(self.outer.lower))
-        low, previous = math.inf, (self._lower, scale(weight, self.outer.lower))
+        moves: list[float] = []
         for _ in range(RESUMED):
-            end = self._response.solve(end, self._upper, weight)
+            before, end = end, self._response.solve(end, self._upper, weight)
             inner, outer = (
                 inner_gradient(self._response, end, self._upper),
                 outer_gradient(self._response, end, self._upper),
             )
-            left = axpy(weight, outer.lower, inner.lower)
-            move, change = subtract(end, previous[0]), subtract(left, previous[1])
-            if float(norm(move)) > 0.0:
-                low = min(low, abs(float(dot(move, change))) / float(norm(move)) ** 2)
-            previous = end, left
-            part = ratio(float(norm(left)), pull)
-            if part <= SETTLED or not part < 0.5 * best or self._response.has_kinks:
+            moves.append(float(norm(subtract(end, before))))
+            if self._response.has_kinks:  # where a gradient does not say how much is left
+                if len(moves) > 1 and moves[-1] <= SETTLED * moves[0]:
+                    break
+                continue
+            part = ratio(float(norm(axpy(weight, outer.lower, inner.lower))), pull)
+            if part <= SETTLED or not part < 0.5 * best:
                 break
             best = part
-        # H^-1 of what is left, beside the whole move; `low` is the smallest curvature met on the way.
-        moved = float(norm(subtract(end, self._lower)))
-        self._left[abs(weight)] = max(self._left.get(abs(weight), 0.0), ratio(ratio(float(norm(left)), low), moved))
-        return inner, outer
+        self._missing[weight] = _rest(moves)
+        return end, inner, outer
 
-    def certificate(self, apart: float, sigma: float) -> Certificate:
+    def certificate(self, apart: float, sigma: float, gradient: Vector) -> Certificate:
         """Judge by two σ and by what the inner solves left."""
         residual = ratio(float(norm(self._here.lower)), self._scale)
-        if not math.isfinite(apart):
-            return Certificate("untrusted", residual, reasons=(_FAILED,))
+        adjoint = self._adjoints[sigma]
         if self._response.has_kinks:
-            verdict, reasons = judge(max(apart, 1e-3), [], by_design=True, hint="another `sigma`")
-            return Certificate(verdict, residual, error=apart, reasons=tuple(reasons))
-        left = self._left[sigma]
-        error = apart + left
+            missing = sum(self._missing.get(weight, 0.0) for weight in (sigma, -sigma))
+            left: float | None = ratio(missing, 2.0 * sigma * float(norm(adjoint)))
+        else:
+            found = self._measured(gradient, adjoint)
+            left = None if found is None else found.error
+        error = None if left is None else max(apart, left)
         hint = (
-            f"two sigmas differ by {apart:.1e} (another `sigma`, or float64), and the inner solver leaves {left:.1e} "
-            "of its move (more `steps`, or a smaller `rtol` of the inner solver)"
+            f"two sigmas differ by {apart:.1e} (another `sigma`, or float64), and the inner solver leaves "
+            f"{'an unknown part' if left is None else f'{left:.1e}'} (more `steps`, or a smaller `rtol` of the inner "
+            "solver; directions in which the inner loss is flat or bends down need a regularizer)"
         )
-        verdict, reasons = judge(error, [], by_design=True, hint=hint)
+        floor = 1e-3 if self._response.has_kinks else 0.0  # a kink that no end crosses is not seen
+        judged = None if error is None else max(error, floor)
+        verdict, reasons = judge(judged, [], by_design=judged is not None, hint=hint)
         return Certificate(verdict, residual, error=error, reasons=tuple(reasons))
+
+    def _measured(self, gradient: Vector, adjoint: Vector) -> Correction | None:
+        """Correct the hypergradient once, by differences of gradients: neither secants nor residuals see flat ways."""
+        response, upper, unit = self._response, self._upper, self._scale
+        system = Differences(response, self._lower, upper)
+
+        def there(w: Vector) -> Equation:
+            return equation(outer_gradient(response, w, upper), Differences(response, w, upper), unit)
+
+        solve = loosely(system.operator, math.inf, SPENT)
+        return correct(
+            self._lower, upper, gradient, adjoint, equation(self.outer, system, unit), there, response, solve
+        )
+
+
+def _rest(moves: list[float]) -> float:
+    """Return how far a solver still goes that moved so far each time it was called: a geometric series."""
+    if len(moves) < 2 or moves[-1] == 0.0:
+        return 0.0
+    rate = ratio(moves[-1], moves[-2])
+    return moves[-1] * rate / (1.0 - rate) if rate < 1.0 else math.inf
 
 
 _FAILED = (

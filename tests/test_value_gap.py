@@ -162,7 +162,7 @@ def test_a_resumed_run_ends_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("known", known_problems()[:3], ids=lambda known: known.name)
+@pytest.mark.parametrize("known", known_problems()[:3:2], ids=lambda known: known.name)
 def test_the_estimate_is_the_error_and_never_exact(known: KnownProblem, name: str) -> None:
     at = found(known.problem(), METHODS[name]())
     error, estimate = relative_error(at.gradient, known.truth.gradient), at.certificate.error
