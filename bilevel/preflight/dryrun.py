@@ -161,7 +161,7 @@ def _check_inner_solver(dry: DryRun) -> None:
             "inner_solver",
             f"{name} needs one fixed inner loss, and `inner_data` gives another batch at every call",
             "give one batch (Tensors, or a Dataset, which is read whole), or an optimizer of minibatches: "
-            "inner_solver=bilevel.inner.Adam(lr=..., steps=...)",
+            'inner_solver=bilevel.inner.Adam(lr=..., steps=...); or method="soba", which needs none',
         )
     try:
         check_decay(solver, dry.method)
