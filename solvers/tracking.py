@@ -46,6 +46,7 @@ BENT = (
     0.5  # an inner gradient this far from its linear model, relative, has a kink on the way or is far from any minimum
 )
 ROUNDED = 100.0  # units in the last place, times the scale of the inner gradient: no sign of a kink
+COARSE = 1e-6  # a unit in the last place above this is that of float16 or bfloat16
 FLAT = 1e-8  # curvature over the largest one that counts as none
 
 
@@ -197,7 +198,7 @@ class Tracking:
         growth = max(1.0, (inner + adjoint) / self.residuals) if self.residuals > 0.0 else 1.0
         assert here.last.upper is not None
         lag = ratio(float(norm(subtract(here.gradient, here.last.upper))), float(norm(here.gradient)))
-        error = None if self.error is None else self.error * growth + lag
+        error = None if self.error is None else self.error * growth + lag + self._rounding(here.lower)
         wrong = self._wrong(here, float(dot(here.adjoint, here.last.product)))
         if self.bent > BENT:
             wrong.append(_BENT.format(self.bent))
@@ -264,11 +265,16 @@ class Tracking:
             reach = float(norm(present(here.system.pull_back(lag))))
             reach *= ratio(self.adjoint.size(self.forgets), float(norm(lag)))
             bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
-            error = bias + DEVIATIONS * noise
+            error = bias + DEVIATIONS * noise + self._rounding(here.lower)
         hint = _told(bias, DEVIATIONS * (noise or 0.0))
         verdict, reasons = judge(error, wrong, by_design=True, hint=hint)
         verdict = "approximate" if verdict == "exact" else verdict  # a bound by means of draws proves no digits
         return Certificate(verdict, inner, adjoint, self.lowest, error, tuple(reasons), standard_error=noise)
+
+    def _rounding(self, lower: Vector) -> float:
+        """Return what rounding does to the hypergradient; below float32 it does so to the estimates too."""
+        eps = torch.finfo(dtype_of(lower)).eps
+        return eps if eps < COARSE else eps * max(1.0, ratio(self.highest or 0.0, self.lowest or 0.0))
 
     def _wrong(self, here: Here, bend: float) -> list[str]:
         steep = max(self.highest or 0.0, abs(self.lowest or 0.0))
