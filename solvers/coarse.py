@@ -31,8 +31,8 @@ def sampled(left_out: int) -> frozenset[int]:
 
 def coarse_sweep(
     response: Response, samples: list[RecordedStep], last: RecordedStep, adjoint: list[Tensor], h: Vector, left_out: int
-) -> float:
-    """Return the size of what the steps before the window would add to the hypergradient.
+) -> tuple[Vector, float]:
+    """Return what the steps before the window would add to the hypergradient, and its size with the doubt.
 
     Args:
         response: counts the products.
@@ -61,7 +61,7 @@ def coarse_sweep(
         total = axpy(factor, part, total)
         doubt += factor * unlike * float(norm(part))
         factor *= shrink ** max(0.0, length - pulls)
-    return float(norm(total)) + CAUTION * doubt
+    return total, float(norm(total)) + CAUTION * doubt
 
 
 def _series(shrink: float, terms: float) -> float:

@@ -129,16 +129,24 @@ def _sweep(
             tail.add(adjoint, filled(added, h))
     if not left_out:
         return through, None
-    coarse = coarse_sweep(response, samples, step, adjoint, h, left_out)
+    seen, coarse = coarse_sweep(response, samples, step, adjoint, h, left_out)
     found = _left_out(response, step, adjoint, h, tail, left_out)
-    return through, replace(found, size=max(found.size, coarse))
+    return through, replace(found, seen=detach(seen), size=max(found.size, coarse))
 
 
 @dataclass
 class _LeftOut:
-    """What truncation leaves out: estimated sum, its size, and whether adjoints grow towards earlier steps."""
+    """What truncation leaves out.
+
+    Attributes:
+        value: the sum, as the window foretells it.
+        seen: the sum, as a few of the steps left out tell it.
+        size: of the larger.
+        grows: adjoints grow towards earlier steps.
+    """
 
     value: Vector
+    seen: Vector
     size: float
     grows: bool
 
@@ -154,13 +162,15 @@ def _left_out(
         tail.add(adjoint, filled(added, h))
         total = axpy(1.0, tail.contributions[-1], total)
     beyond, size = tail.beyond(left_out - onward)
-    return _LeftOut(detach(axpy(1.0, beyond, total)), float(norm(total)) + size, tail.grows())
+    return _LeftOut(detach(axpy(1.0, beyond, total)), zeros_like(h), float(norm(total)) + size, tail.grows())
 
 
 def _certificate(response: Response, lower: Vector, upper: Vector, gradient: Vector, left_out: _LeftOut) -> Certificate:
     """Judge by the size of what truncation left out (see `bilevel.solvers.tail` and `bilevel.solvers.coarse`)."""
     inner = inner_residual(response, lower, upper)
-    size = max(float(norm(axpy(1.0, left_out.value, gradient))), response.gradient_floor)
+    # Either may have the whole gradient too large.
+    whole = min(float(norm(axpy(1.0, part, gradient))) for part in (left_out.value, left_out.seen))
+    size = max(whole, response.gradient_floor)
     error = ratio(left_out.size, size)
     wrong = [_GROWS] if left_out.grows else []
     verdict, reasons = judge(error, wrong, by_design=True, hint='raise `steps`, or choose method="unroll"')

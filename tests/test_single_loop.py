@@ -16,7 +16,7 @@ from bilevel import SABA, SOBA, AmIGO, BilevelProblem, Hypergradient, InvalidVal
 from bilevel.evaluation import Evaluator
 from bilevel.response import ProblemResponse
 from bilevel.solvers import Estimator
-from bilevel.solvers.single_loop import Kept, Loop, Moving
+from bilevel.solvers.single_loop import Kept, Moving
 from bilevel.testing import KnownProblem, check_estimator, known_problems, relative_error
 
 N, D, BATCH = 120, 4, 12
@@ -189,7 +189,7 @@ def test_saba_converges_linearly_where_soba_stalls() -> None:
 
 FEW: dict[str, Any] = {"amigo": {"adjoint_steps": 4}, "stocbio": {"terms": 15}}
 ADAM = lambda tensors: torch.optim.Adam(tensors, lr=0.4)  # noqa: E731
-METHODS: dict[str, tuple[str, Loop]] = {
+METHODS: dict[str, tuple[str, Any]] = {
     "soba": ("shuffled", SOBA(momentum=0.9)),
     "saba": ("in order", SABA()),
     "amigo": ("shuffled", AmIGO(momentum=0.9)),

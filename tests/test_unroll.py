@@ -454,3 +454,21 @@ def test_rounding_is_that_of_the_dtype(method: str) -> None:
     half = hypergradient(logistic_map(2.5, 20, torch.bfloat16), method)  # converges
     assert half.certificate.verdict == "approximate"
     assert half.certificate.error is not None and half.certificate.error >= torch.finfo(torch.bfloat16).eps
+
+
+def test_steps_that_a_window_foretells_with_the_wrong_sign() -> None:
+    """w starts far away, so that the steps left out pull the other way: the whole is smaller than either part."""
+    bend = torch.tensor([0.03, 0.59, 0.33], dtype=torch.float64)
+    pull = torch.tensor([1.17, 0.88, -0.33], dtype=torch.float64)
+    target = torch.tensor([0.02, -0.8, -1.12], dtype=torch.float64)
+    problem = bilevel.BilevelProblem(
+        lambda w, h: (bend * w**2).sum() / 2 - pull @ w + h * (w**2).sum() / 2,
+        lambda w, h: ((w - target) ** 2).sum() / 2,
+        torch.tensor([-2.07, -0.43, -0.28], dtype=torch.float64),
+        bilevel.positive(0.032),
+        inner.SGD(lr=0.21, steps=19),
+    )
+    whole, window = (hypergradient(problem, m, on_untrusted="ignore") for m in (Unroll(), Truncated(steps=10)))
+    error = abs(float(window.gradient / whole.gradient) - 1.0)
+    assert error > 0.5 and window.certificate.verdict == "untrusted"
+    assert window.certificate.error == pytest.approx(error, rel=0.1)
