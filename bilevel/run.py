@@ -104,7 +104,6 @@ class Run:
         record = self._record(point, size)
         if self.start is None:
             self.start = record
-            self.evaluator.gradient_floor = self._floor() * float(norm(point.evaluation.hypergradient.gradient))
         else:
             self.history.append(record)
             for callback in self.callbacks:
@@ -114,6 +113,7 @@ class Run:
                     raise RuntimeError(
                         "a callback raised StopIteration; to end a run, raise KeyboardInterrupt"
                     ) from error
+        self._set_floor(point, self.start.hypergradient_norm)
         limit = self.tol * self.start.hypergradient_norm
         if size == 0.0 and not self.history:
             raise Stop(
@@ -127,10 +127,14 @@ class Run:
         if len(self.history) == self.steps:
             raise Stop(f"steps: all {self.steps} outer steps were taken")
 
-    def _floor(self) -> float:
-        evaluator = self.evaluator
+    def _set_floor(self, point: Point, first: float) -> None:
+        """Hold errors against a part of the first norm, which is one of unconstrained values, in natural units here."""
+        evaluator, size = self.evaluator, float(norm(point.gradient))
+        if not size > 0.0:
+            return
         noisy = about(evaluator.estimator).begins == "last" and not evaluator.problem.deterministic
-        return max(FLOOR * self.tol, NOISE_FLOOR if noisy else 0.0)
+        part = max(FLOOR * self.tol, NOISE_FLOOR if noisy else 0.0) * first
+        evaluator.gradient_floor = part * float(norm(point.evaluation.hypergradient.gradient)) / size
 
     def _projected_norm(self, point: Point) -> float:
         projected = {}

@@ -236,6 +236,8 @@ def correct(
 
         def settled(bound: Bound) -> bool:
             reach.update(present(equation.through(defect)))
+            if reach and not _any(reach) and _any(defect):
+                return False  # λ does not reach it but through the inverse
             return ratio(bound(reach) + gain * bound(defect), given.size(gradient)) <= CLEAR
 
         change = (solve_adjoint or solve)(defect, float(norm(equation.outer.lower)), settled)

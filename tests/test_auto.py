@@ -224,3 +224,14 @@ def test_modules_are_left_alone() -> None:
 
 def test_the_dense_choice_is_the_implicit_one() -> None:
     assert choose(SMALL).estimator == Implicit(bilevel.Cholesky())
+
+
+def test_curvatures_that_overflow_are_refused_in_words() -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: 1e200 * (((w - 1.0) ** 2).sum() + h * (w**2).sum()),
+        lambda w, h: (w**2).sum(),
+        torch.zeros(3, dtype=torch.float64),
+        bilevel.positive(0.5),
+    )
+    with pytest.raises(bilevel.NonFiniteError, match="overflow"):
+        bilevel.hypergradient(problem, "auto")

@@ -704,3 +704,8 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
     a = number(2.0)
     with pytest.raises(bilevel.NonFiniteError, match="not finite"):
         torch.autograd.grad(log(a) * float("nan"), a)
+
+
+def test_a_linear_loss_has_no_minimum() -> None:
+    with pytest.raises(bilevel.NonFiniteError, match="has no minimum"):
+        bilevel.argmin(lambda w, a: (a * w).sum(), torch.zeros(3).double(), torch.ones(()).double())

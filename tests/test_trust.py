@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from bilevel import (
 from bilevel.certificate import Certificate, Hypergradient
 from bilevel.evaluation import Evaluator
 from bilevel.solvers import Estimator
+from bilevel.solvers.linear import LinearSolution
 from bilevel.testing import KnownProblem, known_problems, relative_error
 
 PROBLEMS = {known.name: known for known in known_problems()}
@@ -258,6 +259,70 @@ def test_data_without_noise_hide_no_error(method: str, rtol: float) -> None:
     assert error > 1e-5
     assert found.certificate.error is not None
     assert error / 3.0 <= found.certificate.error <= 100.0 * error
+
+
+@pytest.mark.parametrize("method", ["implicit", "nystrom", "cg", "one-step"])
+@pytest.mark.parametrize("off", [-1e-5, -1e-8, 1e-8])
+def test_inner_solutions_on_a_ring_do_no_harm(method: str, off: float) -> None:
+    """Along the ring the curvature is 4 (|w|² - λ), of either sign, and neither loss goes there: dF/dλ = -3/4."""
+    w = (1.0 + off) * math.sqrt(0.7) * torch.tensor([0.6, 0.8], dtype=D)
+    problem = BilevelProblem(
+        lambda v, h: ((v**2).sum() - h) ** 2,
+        lambda v, h: -0.75 * (v**2).sum(),
+        torch.ones(2, dtype=D),
+        bilevel.positive(0.7),
+    )
+    found = at(problem, method, w)
+    assert abs(float(found.gradient) + 0.75) <= 10.0 * abs(off)
+    assert found.certificate.verdict == "exact"
+
+
+def test_a_saddle_on_which_neither_loss_falls_is_flagged() -> None:
+    problem = BilevelProblem(
+        lambda v, h: (v[0] - h) ** 2 - 0.3 * v[1] ** 2 + v[1] ** 4,
+        lambda v, h: v[0] ** 2,
+        torch.zeros(2, dtype=D),
+        bilevel.positive(0.7),
+    )
+    found = at(problem, "direct", torch.tensor([0.7, 0.0], dtype=D))
+    assert found.certificate.verdict == "untrusted"
+
+
+def test_a_run_ends_trusted_where_the_scale_of_the_hyperparameters_changed() -> None:
+    """λ falls from 10 to 4e-4: a hypergradient that counts as zero is 2e4 times larger there, in natural units."""
+    c = torch.tensor([1.0, 2.0, 4.0], dtype=D)
+    problem = BilevelProblem(
+        lambda w, h: (c * (w - 1.0) ** 2).sum() + h * (w**2).sum(),
+        lambda w, h: ((w - c / (c + 1e-4)) ** 2).sum(),
+        torch.zeros(3, dtype=D),
+        bilevel.positive(10.0),
+        inner.LBFGS(rtol=1e-5),
+    )
+    found = bilevel.solve(problem)
+    assert found.status.startswith("converged")
+    assert found.certificate.verdict == "exact"
+
+
+class Nothing:
+    """A linear solver that leaves everything."""
+
+    truncates: ClassVar[bool] = True
+
+    def solve(self, operator: Any, rhs: Any, start: Any = None) -> LinearSolution:
+        return LinearSolution({n: torch.zeros_like(t) for n, t in rhs.items()}, "max_steps", 1, rhs, 1.0, 1.0)
+
+
+def test_what_reaches_lambda_through_the_inverse_alone_is_seen() -> None:
+    """λ acts on a and f on b: (∂R/∂λ)^T of what is left of the adjoint equation is zero, and the error is 1."""
+    problem = BilevelProblem(
+        lambda p, h: (p["a"] - 1.0) ** 2 + (p["b"] - p["a"]) ** 2 + h * p["a"] ** 2,
+        lambda p, h: p["b"] ** 2,
+        {"a": torch.zeros((), dtype=D), "b": torch.zeros((), dtype=D)},
+        bilevel.positive(0.3),
+    )
+    found = at(problem, Implicit(Nothing()))
+    assert float(found.gradient) == 0.0
+    assert found.certificate.error == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("solver", [CG, MINRES, GMRES])

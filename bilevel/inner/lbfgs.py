@@ -29,6 +29,8 @@ from bilevel.vector import Vector, detach, flatten, norm, subtract, unflatten
 
 # The line search has done what it can when a step lowers the value by less than this part: ten units in the last place.
 VALUE_RTOL = 2e-15
+# Steps over which the norm of the gradient stays as it was at the start: those of a linear loss, which has no minimum.
+PATIENCE, UNCHANGED = 30, 1e-12
 BEYOND = 1e100  # variables or gradients this large go to infinity; their squares would overflow
 NEWTON_STEPS = 8
 NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient about this much
@@ -98,6 +100,7 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
     """Run SciPy's L-BFGS until the gradient norm is below the threshold."""
     batch, device = task.draw(), next(iter(lower.values())).device
     trail = _Trail(unit)
+    first, unchanged = task.start_gradient_norm(upper), 0
 
     def variables(x: Array) -> Vector:
         return unflatten(torch.from_numpy(x * unit).to(device), lower)
@@ -108,16 +111,16 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
         if not math.isfinite(value):
             raise NonFiniteError(f"the inner loss became {value} during L-BFGS; {NAN_ADVICE}", "inner loss")
         if max(float(np.abs(x).max()), float(np.abs(flat).max())) > BEYOND:
-            raise NonFiniteError(
-                f"the inner loss has no minimum: L-BFGS went to {value:.0e} and on; add a regularization that grows "
-                "with the variables",
-                "inner loss",
-            )
+            raise _no_minimum(f"{value:.0e}")
         trail.evaluated(x, flat)
         return value, flat * unit
 
     def small_enough(x: Array) -> bool:
+        nonlocal unchanged
         size = trail.accepted(x)
+        unchanged = unchanged + 1 if size is not None and abs(size - first) <= UNCHANGED * first else 0
+        if unchanged > PATIENCE:
+            raise _no_minimum(f"{float(np.abs(x).max()):.0e}")
         return size is not None and size <= threshold
 
     start = flatten(lower).double().cpu().numpy() / unit
@@ -126,6 +129,14 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
     done = float(np.linalg.norm(result.jac / unit)) <= threshold
     pairs = trail.pairs(device)
     return InnerSolution(variables(result.x), int(result.nit), "converged" if done else unfinished, pairs=pairs)
+
+
+def _no_minimum(value: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"the inner loss has no minimum: L-BFGS went to {value} and on; add a regularization that grows "
+        "with the variables",
+        "inner loss",
+    )
 
 
 class _Trail:

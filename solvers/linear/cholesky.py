@@ -19,6 +19,9 @@ from bilevel.solvers.about import Terms
 from bilevel.solvers.linear.base import LinearSolution, Status, inner
 from bilevel.vector import Vector, flatten, unflatten
 
+# A small negative curvature, relative to the largest, of a direction that makes up less than the second part of the
+# answer: where the inner solutions form a ring, the point that the inner solver left has either sign along it.
+SLIGHT, UNTOUCHED = 1e-3, 1e-8
 INVERSE_STEPS = 8  # inverse iterations for the smallest eigenvalue; each is two triangular solves
 
 
@@ -100,5 +103,7 @@ def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
     if bool(null.all()) or bool(seen[null].norm() > 1e-6 * b.norm()):
         return inverse, float(values[0]), "singular"
     # Directions that neither loss bends, such as a shift of all softmax biases, do no harm: b has nothing there.
-    curvature = float(values[~null][0])
+    parts = torch.where(null, torch.zeros_like(seen), seen / values).abs()
+    slight = (values < 0.0) & (values > -SLIGHT * values[-1]) & (parts <= UNTOUCHED * parts.norm())
+    curvature = float(values[~null & ~slight][0])
     return inverse, curvature, "converged" if curvature > 0.0 else "nonpositive curvature"

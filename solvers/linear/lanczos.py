@@ -8,12 +8,14 @@ steps on spectra of up to 100,000 values it lay within 2 % of the largest eigenv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 
+from bilevel.errors import NonFiniteError
 from bilevel.operators import LinearOperator
 
 
@@ -40,6 +42,11 @@ def extreme_eigenvalues(operator: LinearOperator, steps: int = 12) -> tuple[floa
             stacked = torch.stack(basis)
             w = w - stacked.T @ (stacked @ w)
         off.append(float(w.norm()))
+        if not math.isfinite(diagonal[-1]) or not math.isfinite(off[-1]):
+            raise NonFiniteError(
+                f"products with the inner Hessian overflow {like.dtype}; divide the inner loss by its size",
+                "inner Hessian",
+            )
         if off[-1] <= torch.finfo(like.dtype).eps * max(map(abs, diagonal)):
             break
         q = w / off[-1]
@@ -50,11 +57,15 @@ def extreme_eigenvalues(operator: LinearOperator, steps: int = 12) -> tuple[floa
 def smallest_ritz(alphas: Sequence[float], betas: Sequence[float]) -> float:
     """Return the smallest Ritz value over the Krylov space of conjugate gradients (Golub and Van Loan, section 11.3.4).
 
+    0 where numbers overflowed.
+
     Args:
         alphas: the steps' lengths.
         betas: the weights of the old directions, one each for a step; the last is not needed.
     """
     alpha, beta = np.array(alphas), np.array(betas[: len(alphas) - 1])
     diagonal = 1 / alpha + np.concatenate([[0.0], beta / alpha[:-1]])
+    if not (np.isfinite(alpha).all() and np.isfinite(beta).all() and np.isfinite(diagonal).all()):
+        return 0.0
     ritz = eigvalsh_tridiagonal(diagonal, np.sqrt(beta) / alpha[:-1], select="i", select_range=(0, 0))
     return float(ritz[0])

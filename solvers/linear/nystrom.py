@@ -37,6 +37,7 @@ from bilevel.vector import Vector, unflatten
 
 ROUNDING = 100.0  # times the shift: an eigenvalue of W that far below zero is negative, one that near it says nothing
 WORSE = 2.0  # a kept sketch that leaves so many times the residual of its first answer is drawn again
+SLIGHT = 1e-3  # a negative curvature, relative to the largest, where a flat direction may have either sign
 SEEN = 1e3  # times the machine precision: what is left of r outside of U is rounding
 
 
@@ -220,11 +221,17 @@ class _Step:
     def curvature(self) -> float:
         size = inner(self.value, self.value)
         along = inner(self.value, self.product) / size if size > 0.0 else 0.0
-        return min(self.sketch.lowest, along)
+        return along if self._harmless else min(self.sketch.lowest, along)
+
+    @property
+    def _harmless(self) -> bool:
+        """Say whether the negative curvature is slight and r has nothing outside of the positive ones."""
+        steepest = float(self.sketch.values[0]) if len(self.sketch.values) else 0.0
+        return -SLIGHT * steepest < self.sketch.lowest < 0.0 and self.outside is None and self.ended == _LOW
 
     @property
     def status(self) -> Status:
-        if self.sketch.lowest < 0.0:
+        if self.sketch.lowest < 0.0 and not self._harmless:
             return "nonpositive curvature"
         return self.ended
 
