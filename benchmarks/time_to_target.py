@@ -77,7 +77,12 @@ def serve(task: dict[str, Any]) -> Any:
         judge = Judge(workload)
         return lambda request: judge.look(request["path"], request["target"])
     tolerances = TIGHT if task.get("tight") else Tolerances()
-    run = prepare_run(task["contender"], workload, tolerances)
+    if task["contender"] in RUNS:
+        run = prepare_run(task["contender"], workload, tolerances)
+    else:
+        from benchmarks.minibatch_runs import prepare_minibatch_run
+
+        run = prepare_minibatch_run(task["contender"], workload)
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         track = Track(request["limit"], task["clock"], request["target"])
@@ -112,13 +117,32 @@ class Judge:
     def look(self, path: str, target: float | None) -> dict[str, Any]:
         """Return the first moment of a run that is at the target, if any, and the loss there or at the best moment."""
         held = np.load(path)
-        if target is None:
-            return {"loss": self.loss(held["h"][int(np.argmin(held["loss"]))])}
-        for i in np.flatnonzero(held["loss"] <= target * (1.0 + LOOKED_AT)):
-            loss = self.loss(held["h"][i])
-            if loss <= target:
-                return {"reached": True, "loss": loss, "wall": float(held["wall"][i]), "cpu": float(held["cpu"][i])}
-        return {"reached": False, "loss": self.loss(held["h"][int(np.argmin(held["loss"]))])}
+        if np.isnan(held["loss"]).any():
+            i, loss = self._bisect(held["h"], target)
+        else:
+            near = np.flatnonzero(held["loss"] <= (target or -math.inf) * (1.0 + LOOKED_AT))
+            i, loss = self._first(held["h"], near, int(np.argmin(held["loss"])), target)
+        reached = target is not None and loss <= target
+        return {"reached": reached, "loss": loss, "wall": float(held["wall"][i]), "cpu": float(held["cpu"][i])}
+
+    def _first(self, h: np.ndarray, near: np.ndarray, best: int, target: float | None) -> tuple[int, float]:
+        """Return the first of some moments that is at the target, else the best one."""
+        for i in near:
+            loss = self.loss(h[i])
+            if target is not None and loss <= target:
+                return int(i), loss
+        return best, self.loss(h[best])
+
+    def _bisect(self, h: np.ndarray, target: float | None) -> tuple[int, float]:
+        """Return the moment at which a run passes the target for good, else the last one."""
+        low, high, loss = -1, len(h) - 1, self.loss(h[-1])
+        if target is None or loss > target:
+            return high, loss
+        while high - low > 1:
+            middle = (low + high) // 2
+            here = self.loss(h[middle])
+            low, high, loss = (low, middle, here) if here <= target else (middle, high, loss)
+        return high, loss
 
 
 def run(settings: Settings) -> str:
@@ -126,14 +150,31 @@ def run(settings: Settings) -> str:
     parts = []
     for name in settings.chosen(("a9a", "cleaning", "news20"), quick=("a9a",)):
         with tempfile.TemporaryDirectory() as folder:
-            parts.append(_Race(name, settings, Path(folder)).run())
+            parts.append(Race(name, settings, Path(folder)).run())
     return "\n\n".join(parts)
 
 
-class _Race:
-    """All contenders on one problem."""
+class Race:
+    """All contenders on one problem.
 
-    def __init__(self, name: str, settings: Settings, folder: Path) -> None:
+    Args:
+        name: of the problem.
+        folder: for runs; temporary.
+        contenders: name -> the contender of `benchmarks.contenders` whose library it needs.
+        within: how near to the best known value, relative.
+        rates: of Adam, the first one alone in quick runs; empty: the problem's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        folder: Path,
+        contenders: dict[str, str] = RUNS,
+        within: float = WITHIN,
+        rates: tuple[float, ...] = (),
+    ) -> None:
+        self._contenders, self._within, self._rates = contenders, within, rates
         self._settings, self._folder = settings, folder
         self._workload = load(name, settings.data, settings.small)
         self._task = {"workload": name, "data": settings.data, "small": settings.small, "clock": settings.clock}
@@ -143,9 +184,10 @@ class _Race:
     def run(self) -> str:
         best = min(self._long(contender) for contender in ("bilevel", "hand-written, L-BFGS", "hand-written, Adam"))
         self._lowest = best
-        rows = {contender: self._row(contender, best) for contender in RUNS}
+        rows = {contender: self._row(contender, best) for contender in self._contenders}
         self._judge.close()
-        ours = rows["bilevel"][0]
+        first = next(iter(rows))
+        ours = rows[first][0]
         limit = self._settings.limit
         lines = []
         for contender, (seconds, words) in rows.items():
@@ -154,19 +196,19 @@ class _Race:
                 ratio = f"> {limit / ours:.1f}"
             lines.append([contender, words[0], ratio, words[1]])
         title = f"{self._workload.words}; best known outer loss {best:.7g}"
-        if self._lowest < best * (1.0 - 0.1 * WITHIN):
+        if self._lowest < best * (1.0 - 0.1 * self._within):
             title += f" (a contender went down to {self._lowest:.7g})"
-        return table(title, ["contender", "time until 1e-4", "of bilevel's", "how"], lines)
+        return table(title, ["contender", f"time until {self._within:.0e}", f"of {first}'s", "how"], lines)
 
     def _worker(self, contender: str, **more: Any) -> Worker:
-        python = self._settings.python_of(RUNS.get(contender, "bilevel"))
+        python = self._settings.python_of({**RUNS, **self._contenders}.get(contender, "bilevel"))
         return Worker("benchmarks.time_to_target", {**self._task, **more, "contender": contender}, python,
                       self._settings.threads)  # fmt: skip
 
     def _long(self, contender: str) -> float:
         """Return what a long run with tight tolerances reaches."""
         worker, path = self._worker(contender, tight=True), str(self._folder / "long.npz")
-        limit, rate = 2.0 * self._settings.limit, self._workload.rates[1]
+        limit, rate = 2.0 * self._settings.limit, self._workload.rates[0]
         worker.ask(timeout=5.0 * limit + 60.0, limit=limit, target=-math.inf, rate=rate, path=path)
         worker.close()
         return float(self._judge.ask(timeout=3600.0, path=path, target=None)["loss"])
@@ -178,10 +220,13 @@ class _Race:
         except WorkerError as error:
             return None, ("-", f"failed: {error}")
         limit, found = self._settings.limit, dict[str, Any]()
-        tried = _rates(contender, self._workload, self._settings.quick)
+        rates = self._rates or self._workload.rates
+        tried: tuple[float | None, ...] = rates[:1] if self._settings.quick else rates
+        if contender in ("bilevel", "hand-written, L-BFGS", "optuna, 20 groups"):
+            tried = (None,)
         for rate in tried:
             path = str(self._folder / "run.npz")
-            target = best * (1.0 + WITHIN)
+            target = best * (1.0 + self._within)
             try:
                 ended = worker.ask(timeout=4.0 * limit + 120.0, limit=limit, target=target, rate=rate, path=path)
             except WorkerError as error:
@@ -202,9 +247,3 @@ class _Race:
         spent = self._settings.limit if over else found[self._settings.clock]
         words = f"> {duration(spent)}" if over else f"ended after {duration(spent)}"
         return None, (f"{words}, at {short:.0e}", how if over else f"{how} {found['ended']}".strip())
-
-
-def _rates(contender: str, workload: Workload, quick: bool) -> tuple[float | None, ...]:
-    if contender in ("bilevel", "hand-written, L-BFGS", "optuna, 20 groups"):
-        return (None,)
-    return workload.rates[1:2] if quick else workload.rates

@@ -36,7 +36,7 @@ class Workload:
         params: where the inner variables start.
         hparams: where the hyperparameters start, natural values.
         positive: they are positive, and outer optimizers work on their logarithms.
-        rates: learning rates of Adam to try on the outer level.
+        rates: learning rates of Adam to try on the outer level, the likeliest first.
         source: where the data came from.
     """
 
@@ -141,7 +141,7 @@ def a9a(data: Path | None, small: bool = False) -> Workload:
     train, valid = np.split(order, [len(order) * 2 // 3])
     return Workload(
         "a9a", "l2", (X[train], y[train]), (X[valid], y[valid]), [np.zeros((1, X.shape[1]))], np.ones(X.shape[1]), True,
-        (0.1, 0.3, 1.0), _source(data),
+        (0.3, 0.1, 1.0), _source(data),
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def cleaning(data: Path | None, small: bool = False) -> Workload:
     noisy[wrong] = dice.integers(0, 10, len(wrong))
     return Workload(
         "cleaning", "cleaning", (X[:count], noisy), (X[count:], y[count:]), [np.zeros((10, X.shape[1]), "f4")],
-        np.zeros(count, "f4"), False, (0.1, 0.3, 1.0), _source(data),
+        np.zeros(count, "f4"), False, (0.3, 0.1, 1.0), _source(data),
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def mlp(data: Path | None, small: bool = False) -> Workload:
     params = [(dice.standard_normal(s) / np.sqrt(s[-1])).astype("f4") for s in shapes]
     strengths = np.full(sum(p.size for p in params), 1e-2, "f4")
     return Workload(
-        "mlp", "mlp", (X[:count], y[:count]), (X[count:], y[count:]), params, strengths, True, (0.1, 0.3, 1.0),
+        "mlp", "mlp", (X[:count], y[:count]), (X[count:], y[count:]), params, strengths, True, (0.3, 0.1, 1.0),
         _source(data),
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def news20(data: Path | None, small: bool = False, binary: bool = False) -> Work
     train, valid = (np.flatnonzero(split == part)[: 500 if small else None] for part in (0, 1))
     return Workload(
         "news20-binary" if binary else "news20", "l2", (X[train], labels[train]), (X[valid], labels[valid]),
-        [np.zeros((1 if binary else 20, X.shape[1]))], np.ones(X.shape[1]), True, (0.1, 0.3, 1.0), _source(data),
+        [np.zeros((1 if binary else 20, X.shape[1]))], np.ones(X.shape[1]), True, (0.3, 0.1, 1.0), _source(data),
     )  # fmt: skip
 
 
