@@ -452,6 +452,34 @@ def _separable(dice: Dice) -> Case:
     )
 
 
+def _noise_free(dice: Dice) -> Case:
+    """Data without noise, loosely solved: ∂f/∂w nearly vanishes, and a small error of w is a large one of dF/dλ."""
+    n = int(dice.log(4, 40))
+    X, X_val, w = dice.normal(3 * n, n), dice.normal(3 * n, n), dice.normal(n)
+    known = KnownProblem(
+        "noise-free ridge",
+        lambda v, h: ((X @ (v - w)) ** 2).mean() + h * (v**2).sum(),
+        lambda v, h: ((X_val @ (v - w)) ** 2).mean(),
+        torch.zeros(n, dtype=torch.float64),
+        positive(dice.log(1e-7, 1e-3)),
+    )
+    solver = inner.LBFGS(rtol=dice.log(1e-9, 1e-4))
+    truth = known.truth.gradient
+    runs = [Run(name, estimator(name), known.problem(solver), truth) for name in (*IMPLICIT, "finite-difference")]
+    return Case("data without noise, loosely solved", False, runs)
+
+
+def _resting_step(dice: Dice) -> Case:
+    """A schedule whose last learning rate is zero, under methods that differentiate the last step."""
+    drawn = draw(dice, sizes=(3, 20), condition=(1, 30), family=dice.choice(("quadratic", "ridge")))
+    steps, high = 300, drawn.known.truth.curvature[1]
+    lr, momentum = (lambda h, step: (1.0 - step / (steps - 1)) / high), dice.choice((0.0, 0.5))
+    solver = inner.SGD(lr=lr, momentum=momentum, steps=steps)
+    truth = drawn.known.truth.gradient
+    runs = [Run(m, estimator(m), drawn.known.problem(solver), truth) for m in ("one-step", "fixed-point", "sama")]
+    return Case("last learning rate of zero", False, runs)
+
+
 # Draw, and how often: healthy problems are half of all.
 CASES: dict[Callable[[Dice], Case], int] = {
     _plain: 7,
@@ -477,6 +505,8 @@ CASES: dict[Callable[[Dice], Case], int] = {
     _zero: 1,
     _minibatches: 1,
     _separable: 1,
+    _noise_free: 1,
+    _resting_step: 1,
 }
 
 
