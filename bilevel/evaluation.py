@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from bilevel.certificate import Hypergradient
 from bilevel.errors import (
@@ -55,6 +56,7 @@ class Evaluator:
     Attributes:
         lower: the last inner solution, from which the next inner solve starts; None: from `params`.
         state: what the estimator kept.
+        factor: see `Response`.
         gradient_floor: norm below which a hypergradient counts as zero, natural units.
         inner_solver: in place of the problem's; None: the problem's.
         notes: what every certificate shall say, for example which method `auto` chose.
@@ -65,6 +67,7 @@ class Evaluator:
     lower: Vector | None = None
     state: State = None
     gradient_floor: float = 0.0
+    factor: Tensor | None = None
     inner_solver: InnerSolver | None = None
     notes: tuple[str, ...] = ()
 
@@ -76,13 +79,14 @@ class Evaluator:
             given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
+        response.factor = self.factor
         lower, steps, status = self._inner(response, upper, given)
         with response.session(about(self.estimator).derivatives):
             found, self.state = self.estimator(response, lower, upper, self.state)
             found = self._doubt_buffers(response, found, upper)
             if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
                 found = doubt_kinks(response, found, upper, status)
-        self.lower = found.params
+        self.lower, self.factor = found.params, response.factor
         idle = idle_solver(self.inner_solver or self.problem.inner_solver, self.estimator)
         notes = (*self.notes, *([f"inner_solver={idle}"] if idle and given is None else []))
         if notes:

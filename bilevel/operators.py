@@ -45,6 +45,7 @@ class LinearOperator:
         pairs: for a Hessian: what L-BFGS saw of it in training.
         kept: what a linear solver wants to have again, from its last solve with an operator like this one
             (`LinearSolution.kept`).
+        factor: lower triangular, `(size, size)`: the Cholesky factor of an operator like this one.
 
     >>> import torch
     >>> A = LinearOperator(lambda v: {"w": 3.0 * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
@@ -60,6 +61,7 @@ class LinearOperator:
     second_moment: Vector | None = None
     pairs: Pairs | None = None
     kept: Any = None
+    factor: Tensor | None = None
 
     def __call__(self, v: Vector) -> Vector:
         """Return A v."""

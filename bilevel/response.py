@@ -35,7 +35,7 @@ class ProblemResponse(Stepping):
     Attributes:
         cost: gradients and products spent so far.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
-        gradient_floor, held, stochastic, second_moment, pairs: see `Response`.
+        gradient_floor, held, stochastic, second_moment, pairs, factor: see `Response`.
         penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -69,6 +69,7 @@ class ProblemResponse(Stepping):
         self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
+        self.factor: Tensor | None = None
         self.sensitivity: Callable[[Vector, Vector], Vector] | None = None
         self._set_up = self._first_order = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()

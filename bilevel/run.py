@@ -195,6 +195,7 @@ class Run:
             "lower": evaluator.lower,
             "estimator": evaluator.state,
             "gradient_floor": evaluator.gradient_floor,
+            "factor": evaluator.factor,
             "buffers": self._buffers(),
             "position": problem.position(),
             "random": get_random(next(iter(self.free_start.values())).device),
@@ -215,7 +216,7 @@ class Run:
         device = next(iter(self.free_start.values())).device
         state = _to(state, device)
         evaluator.lower, evaluator.state = state["lower"], state["estimator"]
-        evaluator.gradient_floor = state["gradient_floor"]
+        evaluator.gradient_floor, evaluator.factor = state["gradient_floor"], state["factor"]
         self._set_buffers(state["buffers"])
         problem.go_to(state["position"])
         set_random(state["random"])

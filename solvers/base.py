@@ -35,6 +35,8 @@ class RootCondition(Protocol):
     """Mean square of the gradients that an adaptive inner optimizer met on its way; a preconditioner may use it."""
     pairs: Pairs | None
     """What the inner L-BFGS saw of the Hessian on its way; None for other inner solvers, and where it took no step."""
+    factor: Tensor | None
+    """The Cholesky factor of a Hessian nearby, `(size, size)`, which solvers precondition with; None: not known."""
 
     def at(self, lower: Vector, upper: Vector) -> AbstractContextManager[Any]:
         """Put these tensors into the user's modules while a graph is pulled back.
@@ -145,8 +147,7 @@ class Response(RootCondition, Protocol):
 class Estimator(Protocol):
     """A way to get a hypergradient: a frozen dataclass of settings that can be called.
 
-    It may declare `about: ClassVar[About]` (see `bilevel.solvers.about`): what `lower` is when it is called, which
-    hyperparameters it sees, what it costs. Without it, it is taken for an implicit method.
+    It may declare `about: ClassVar[About]` (see `bilevel.solvers.about`); without it, it counts as an implicit method.
     """
 
     def __call__(
@@ -239,6 +240,7 @@ class Linearization:
             matvecs=self._products,
             second_moment=response.second_moment,
             pairs=response.pairs,
+            factor=response.factor,
         )
 
     def _product(self, v: Vector) -> Vector:
@@ -314,9 +316,7 @@ def inner_scale(response: Response, system: System, lower: Vector, upper: Vector
 
 def ratio(part: float, whole: float) -> float:
     """Return part / whole, with 0 / 0 = 0."""
-    if part == 0.0:
-        return 0.0
-    return part / whole if whole > 0.0 else float("inf")
+    return (part / whole if whole > 0.0 else float("inf")) if part else 0.0
 
 
 def negative(v: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -41,6 +41,9 @@ from bilevel.vector import Vector, cast, dot, norm, subtract
 # Up to about here a dense Hessian costs no more than conjugate gradients to 1e-8 did on softmax regression of condition
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
 DENSE_UP_TO = 64
+# A factor of so many unknowns takes 32 MB, and some tenths of a second. It costs as many products as it has rows, which
+# taken together cost half of what they do one by one.
+FACTOR_UP_TO, SHARE = 2048, 2
 NEAR_ROUNDING = 30.0  # units in the last place of the largest curvature, below which one may as well be zero
 
 _PICKED = Terms(
@@ -88,7 +91,7 @@ class Implicit:
         if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
             return found, adjoint
         again, wide = in_float64(self, default_solver, response, lower, upper, (found, adjoint), seen)
-        return again, {**wide, "value": cast(wide["value"], torch.float32)}
+        return again, {**wide, "value": cast(wide["value"], torch.float32), "spent": adjoint["spent"] + wide["spent"]}
 
 
 _TURNED = "{} met nonpositive curvature; MINRES solved the same system"
@@ -106,12 +109,14 @@ class Adjoint(TypedDict):
         value: the adjoint.
         curvature: the smallest that was measured.
         steps: those of the solve that saw it.
+        spent: all since the Hessian was last factored.
         kept: what the linear solver wants to have again.
     """
 
     value: Vector
     curvature: float
     steps: int
+    spent: int
     kept: Any
 
 
@@ -140,13 +145,15 @@ def differentiate(
     """
     outer = outer_gradient(response, lower, upper)
     system = linearize(response, lower, upper)
-    solver = linear_solver or default_solver(system.operator)
-    warm, kept = (None, None) if state is None else (state["value"], state["kept"])
+    warm, kept, spent = (None, None, 0) if state is None else (state["value"], state["kept"], state["spent"])
+    solver = linear_solver or default_solver(system.operator, spent)
     solution, turned = solve_safely(solver, replace(system.operator, kept=kept), outer.lower, warm)
+    if linear_solver is None and isinstance(solver, Cholesky):
+        response.factor, spent = solution.factor, -solution.steps
     notes = solution.notes + (_TURNED.format(type(solver).__name__),) * turned
     through = negative(system.pull_back(solution.value))
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
-    adjoint = _adjoint(system.operator, solution, state)
+    adjoint = _adjoint(system.operator, solution, state, spent + solution.steps)
     scale, curvature = inner_scale(response, system, lower, upper), adjoint["curvature"]
     correction = _correct(response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize)
     certificate = _certify(system, solution, curvature, scale, correction, solver.truncates, advice)
@@ -173,9 +180,12 @@ def _drowned(operator: LinearOperator, rhs: Vector, curvature: float) -> bool:
     return curvature < NEAR_ROUNDING * torch.finfo(dtype_of(rhs)).eps * largest
 
 
-def default_solver(operator: LinearOperator) -> LinearSolver:
-    """Return what `linear_solver=None` stands for."""
-    if operator.size <= DENSE_UP_TO:
+def default_solver(operator: LinearOperator, spent: int = 0) -> LinearSolver:
+    """Return what `linear_solver=None` stands for, where iterative solves took `spent` steps since the last dense one.
+
+    Those may cost as much as a factor does before it is made: at most twice what is best, whatever comes.
+    """
+    if operator.size <= DENSE_UP_TO or (operator.symmetric and operator.size <= min(FACTOR_UP_TO, SHARE * spent)):
         return Cholesky()
     return CG() if operator.symmetric else GMRES()
 
@@ -190,7 +200,7 @@ def solve_safely(
     return replace(MINRES().solve(operator, rhs), status=solution.status), True
 
 
-def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None) -> Adjoint:
+def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None, spent: int) -> Adjoint:
     """Keep the smallest curvature from the solve that saw most of the operator.
 
     A warm start needs few steps and so sees little of the curvature, or none.
@@ -201,11 +211,12 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
             value=solution.value,
             curvature=warm["curvature"] if seen is None else min(seen, warm["curvature"]),
             steps=warm["steps"],
+            spent=spent,
             kept=solution.kept,
         )
     if seen is None:
         seen, _ = extreme_eigenvalues(operator)
-    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps, kept=solution.kept)
+    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps, spent=spent, kept=solution.kept)
 
 
 def equation(outer: OuterGradient, system: System, scale: float) -> Equation:

@@ -152,7 +152,8 @@ def test_an_inner_gradient_of_zero_everywhere_leaves_the_start(solver: type[Any]
         hparams=torch.tensor(1.0, dtype=torch.float64),
         inner_solver=solver(lr=0.1, steps=5),
     )
-    found = bilevel.hypergradient(problem, "unroll")
+    # Rounding would decide the sign of a step here, which the certificate says.
+    found = bilevel.hypergradient(problem, "unroll", on_untrusted="ignore")
     assert torch.equal(found.params, torch.ones(3, dtype=torch.float64))
     assert found.gradient.item() == pytest.approx(1.0, abs=1e-12)  # the direct term alone
 

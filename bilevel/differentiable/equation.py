@@ -42,6 +42,7 @@ class AdjointCondition:
         self.cost: Cost = base.cost
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
+        self.factor: Tensor | None = None
 
     @staticmethod
     def upper(rhs: Vector, lower: Vector, upper: Vector) -> Vector:

@@ -22,8 +22,9 @@ from bilevel.minimize import Array, history, lbfgs
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.solvers.base import Linearization, System
 from bilevel.solvers.differences import Differences
-from bilevel.solvers.linear.base import check_settings
-from bilevel.solvers.linear.cg import CG
+from bilevel.solvers.implicit import default_solver
+from bilevel.solvers.linear import CG, Cholesky, LinearSolver
+from bilevel.solvers.linear.base import FATAL, check_settings
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
 from bilevel.vector import Vector, detach, flatten, norm, subtract, unflatten
 
@@ -65,15 +66,20 @@ class LBFGS:
                 'or method="soba", which needs no inner solver'
             )
         threshold = self._rtol(next(iter(lower.values())).dtype) * task.start_gradient_norm(upper)
-        unit, linearize = _prepared(task, lower, upper, threshold)
-        if unit is None:
+        system, linearize = _linearized(task, lower, upper)
+        if float(norm(system.residual)) <= threshold:
             return InnerSolution(lower, 0, "converged")
-        descent = _descend(task, lower, upper, unit, threshold, self.max_steps)
-        if descent.status == "converged":
-            return descent
-        w, steps, done = _newton(task, descent.value, upper, threshold, linearize)
-        status = "converged" if done else descent.status
-        return InnerSolution(w, descent.steps + steps, status, pairs=descent.pairs)
+        near, taken = lower, 0
+        if task.factor is not None:  # the Hessian is all but known: so is the way
+            near, taken, done = _newton(task, lower, upper, threshold, linearize)
+            if done:
+                return InnerSolution(near, taken, "converged")
+        descent = _descend(task, near, upper, _units(system.operator), threshold, self.max_steps)
+        w, steps, status = descent.value, taken + descent.steps, descent.status
+        if status != "converged":
+            w, more, done = _newton(task, w, upper, threshold, linearize)
+            steps, status = steps + more, "converged" if done else status
+        return InnerSolution(w, steps, status, pairs=descent.pairs)
 
     def _rtol(self, dtype: torch.dtype) -> float:
         if self.rtol is not None:
@@ -84,16 +90,12 @@ class LBFGS:
 _Linearize = Callable[[Task, Vector, Vector], System]
 
 
-def _prepared(task: Task, lower: Vector, upper: Vector, threshold: float) -> tuple[Array | None, _Linearize]:
-    """Return the unit of each variable, None below the threshold, and what products with the Hessian are made of."""
+def _linearized(task: Task, lower: Vector, upper: Vector) -> tuple[System, _Linearize]:
+    """Return the inner problem to first order, and what products with the Hessian are made of."""
     try:
-        return _measured(Linearization(task, lower, upper), threshold), Linearization
+        return Linearization(task, lower, upper), Linearization
     except NotTwiceDifferentiableError:
-        return _measured(Differences(task, lower, upper), threshold), Differences
-
-
-def _measured(system: System, threshold: float) -> Array | None:
-    return None if float(norm(system.residual)) <= threshold else _units(system.operator)
+        return Differences(task, lower, upper), Differences
 
 
 def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: float, max_steps: int) -> InnerSolution:
@@ -194,7 +196,7 @@ def _newton(
     task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize
 ) -> tuple[Vector, int, bool]:
     """Take Newton steps while the gradient shrinks; return the end, the steps and whether it is there."""
-    best, best_norm, candidate = lower, math.inf, lower
+    best, best_norm, candidate, spent = lower, math.inf, lower, 0
     for taken in range(NEWTON_STEPS + 1):
         system = linearize(task, candidate, upper)
         size = float(norm(system.residual))
@@ -203,8 +205,15 @@ def _newton(
         best, best_norm = candidate, size
         if size <= threshold or taken == NEWTON_STEPS:
             return best, taken, size <= threshold
-        step = CG(rtol=NEWTON_RTOL, max_steps=NEWTON_PRODUCTS).solve(system.operator, system.residual)
-        if step.status == "nonpositive curvature":
+        solver: LinearSolver = CG(rtol=NEWTON_RTOL, max_steps=NEWTON_PRODUCTS)
+        if task.factor is not None:
+            dense = default_solver(system.operator, spent)
+            solver = dense if isinstance(dense, Cholesky) else solver
+        step = solver.solve(system.operator, system.residual)
+        spent += step.steps
+        if step.factor is not None:
+            task.factor, spent = step.factor, 0
+        if step.status in FATAL:
             return best, taken, False
         candidate = detach(subtract(candidate, step.value))
     raise AssertionError("the loop returns")

@@ -54,6 +54,7 @@ class LinearSolution:
         inverse: r -> A^-1 r for other right-hand sides, where the solver has factored A.
         kept: what the next solve with an operator like this one is better for having (`LinearOperator.kept`): plain
             values, since it is saved in checkpoints.
+        factor: the Cholesky factor of A, lower triangular, float64 `(size, size)`, where it was formed.
         notes: sentences for the certificate: what was done that is worth knowing.
     """
 
@@ -65,6 +66,7 @@ class LinearSolution:
     curvature: float | None
     inverse: Callable[[Vector], Vector] | None = None
     kept: Any = None
+    factor: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -33,6 +33,7 @@ from bilevel.solvers.linear.base import (
     start_from,
     wide,
 )
+from bilevel.solvers.linear.cholesky import by_factor
 from bilevel.solvers.linear.diagonal import badly_scaled, by_diagonal, by_second_moment
 from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.solvers.linear.nystrom import Nystrom
@@ -119,7 +120,7 @@ class CG:
             return replace(finished(operator, rhs, x, "converged", 0, None), kept=operator.kept)
         chosen = self._chosen(operator, rhs)
         run = Run(operator, b, x, r, chosen)
-        first = min(PROBATION, limit) if self.preconditioner == "auto" else limit
+        first = min(PROBATION, limit) if self.preconditioner == "auto" and operator.factor is None else limit
         status = run.iterate(threshold, first)
         curvature = run.smallest_ritz()
         if status == "max_steps" and first < limit:
@@ -134,6 +135,8 @@ class CG:
     def _chosen(self, operator: LinearOperator, rhs: Vector) -> Preconditioner:
         """Return the preconditioner to begin with."""
         chosen = self.preconditioner
+        if chosen == "auto" and operator.factor is not None:
+            return by_factor(operator.factor)
         if chosen is None or chosen == "auto":
             return Preconditioner(lambda r: r, 1.0)
         if isinstance(chosen, str):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel.operators import LinearOperator
 from bilevel.solvers.about import Terms
-from bilevel.solvers.linear.base import LinearSolution, Status, inner
+from bilevel.solvers.linear.base import LinearSolution, Preconditioner, Status, inner
 from bilevel.vector import Vector, flatten, unflatten
 
 # A small negative curvature, relative to the largest, of a direction that makes up less than the second part of the
@@ -47,7 +47,7 @@ class Cholesky:
             factored = _factor_symmetric(A, b, torch.finfo(flatten(rhs).dtype).eps)
         else:
             factored = _factor(A)
-        inverse, curvature, status = factored
+        inverse, curvature, status, factor = factored
         x = inverse(b)
         residual, size = b - A @ x, inner(b, b) ** 0.5
         relative = inner(residual, residual) ** 0.5 / size if size > 0.0 else 0.0
@@ -59,51 +59,78 @@ class Cholesky:
             relative,
             curvature,
             lambda r: unflatten(inverse(flatten(r).double()), rhs),
+            factor=factor,
         )
 
 
 Inverse = Callable[[Tensor], Tensor]
-Factored = tuple[Inverse, float | None, Status]
+Factored = tuple[Inverse, float | None, Status, Tensor | None]
 
 
 def _factor(A: Tensor) -> Factored:
-    """Return r -> A^-1 r, no curvature, and the status."""
+    """Return r -> A^-1 r, no curvature, the status and no Cholesky factor."""
     LU, pivots, info = torch.linalg.lu_factor_ex(A)
     status: Status = "singular" if int(info) else "converged"
-    return lambda r: torch.linalg.lu_solve(LU, pivots, r[:, None])[:, 0], None, status
+    return lambda r: torch.linalg.lu_solve(LU, pivots, r[:, None])[:, 0], None, status, None
 
 
 def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
-    """Return r -> A^-1 r, the smallest eigenvalue that is not zero (estimated from above) and the status.
+    """Return r -> A^-1 r, the smallest eigenvalue that is not zero (from above), the status and the factor.
 
     Args:
         A: symmetric, float64.
         b: right-hand side, float64.
         resolution: machine precision of the products that A was formed from.
     """
+    factor = _factor_definite(A, 10 * len(b) * resolution)
+    if factor is not None:
+        inverse = by_factor(factor).inverse
+        return inverse, smallest_value(factor), "converged", factor
     rounding = 10 * len(b) * resolution * float(A.abs().max())
-    factor, info = torch.linalg.cholesky_ex(A)
-    if int(info) == 0:
-        # A random start: a symmetric problem has eigenvectors that ones are orthogonal to.
-        v = torch.randn(len(b), generator=torch.Generator().manual_seed(0), dtype=b.dtype).to(b.device)
-        for _ in range(INVERSE_STEPS):
-            v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
-        curvature = inner(v, A @ v) / inner(v, v)
-        if curvature > rounding:
-            return lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0], curvature, "converged"
     values, vectors = torch.linalg.eigh(A)
     seen = vectors.T @ b
     null = values.abs() <= rounding
 
-    def inverse(r: Tensor) -> Tensor:
+    def pseudo_inverse(r: Tensor) -> Tensor:
         parts = vectors.T @ r
         x: Tensor = vectors @ torch.where(null, torch.zeros_like(parts), parts / values)
         return x
 
     if bool(null.all()) or bool(seen[null].norm() > 1e-6 * b.norm()):
-        return inverse, float(values[0]), "singular"
+        return pseudo_inverse, float(values[0]), "singular", None
     # Directions that neither loss bends, such as a shift of all softmax biases, do no harm: b has nothing there.
     parts = torch.where(null, torch.zeros_like(seen), seen / values).abs()
     slight = (values < 0.0) & (values > -SLIGHT * values[-1]) & (parts <= UNTOUCHED * parts.norm())
     curvature = float(values[~null & ~slight][0])
-    return inverse, curvature, "converged" if curvature > 0.0 else "nonpositive curvature"
+    return pseudo_inverse, curvature, "converged" if curvature > 0.0 else "nonpositive curvature", None
+
+
+def _factor_definite(A: Tensor, rounding: float) -> Tensor | None:
+    """Return the Cholesky factor, None unless A is positive definite beyond rounding.
+
+    Judged where the diagonal is one (van der Sluis, Condition numbers and equilibration of matrices, Numerische
+    Mathematik 14 (1969)): strengths ten decades apart round each its own rows only.
+    """
+    diagonal = A.diagonal()
+    if not bool((diagonal > 0.0).all()):
+        return None
+    root = diagonal.sqrt()
+    factor, info = torch.linalg.cholesky_ex(A / root / root[:, None])
+    if int(info) or not smallest_value(factor) > rounding:
+        return None
+    scaled: Tensor = root[:, None] * factor
+    return scaled
+
+
+def by_factor(factor: Tensor) -> Preconditioner:
+    """Return the matrix that `factor` is of as a preconditioner for one that is near it."""
+    return Preconditioner(lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0], smallest_value(factor))
+
+
+def smallest_value(factor: Tensor) -> float:
+    """Return the smallest eigenvalue of the matrix that `factor` is of, from above, by inverse iteration."""
+    # A random start: a symmetric problem has eigenvectors that ones are orthogonal to.
+    v = torch.randn(len(factor), generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
+    for _ in range(INVERSE_STEPS):
+        v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
+    return float(((factor.T @ v).norm() / v.norm()) ** 2)
