@@ -1,0 +1,88 @@
+"""Gradients and products, which are exact: what speed rests on. No test here looks at a clock.
+
+Bounds are what was counted when they were written and a little more; a change that costs more must say why.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import bilevel
+from benchmarks import hand_written, overhead, scaling
+from bilevel import BilevelProblem, Cost, Hypergradient, Implicit
+
+
+def logistic() -> BilevelProblem:
+    """The problem of benchmarks/overhead.py: 64 inner variables, 64 strengths."""
+    inner, outer = overhead.losses()
+    start = torch.zeros(64, dtype=torch.float64)
+    return BilevelProblem(inner, outer, start, bilevel.positive(0.01, shape=(64,)))
+
+
+@pytest.fixture(scope="module")
+def solved() -> Hypergradient:
+    return bilevel.hypergradient(logistic(), "cg")
+
+
+def test_an_inner_solve_and_its_hypergradient(solved: Hypergradient) -> None:
+    assert solved.cost.gradients <= 28
+    assert solved.cost.products <= 40
+
+
+@pytest.mark.parametrize(("rtol", "trust"), [(1e-8, 6), (1e-4, 16)])
+def test_trust_costs_a_few_products_beyond_a_bare_loop(solved: Hypergradient, rtol: float, trust: int) -> None:
+    """The hand-written loop of the benchmarks, at the same inner solution and the same tolerance."""
+    problem = logistic()
+    found = bilevel.hypergradient(problem, Implicit(bilevel.CG(rtol=rtol)), params=solved.params, on_untrusted="ignore")
+    inner, outer = overhead.losses()
+    h = torch.full((64,), 0.01, dtype=torch.float64)
+    gradient, _, _, products = hand_written.hypergradient(
+        lambda w, h: inner(w[0], h), lambda w, h: outer(w[0], h), [solved.params], h, rtol
+    )
+    assert torch.allclose(found.gradient, gradient, rtol=10.0 * rtol, atol=10.0 * rtol * float(gradient.norm()))
+    assert found.cost.gradients <= 5
+    assert found.cost.products <= products + trust
+
+
+def test_a_run_of_ten_steps() -> None:
+    solution = bilevel.solve(logistic(), "cg", steps=10)
+    records = [solution.start, *solution.history]
+    spent = Cost(sum(r.gradients for r in records), sum(r.products for r in records))
+    assert sum(r.inner_solves for r in records) <= 12
+    assert spent.gradients <= 380
+    assert spent.products <= 1130
+
+
+def test_the_number_of_hyperparameters_changes_no_count() -> None:
+    few, many = (bilevel.hypergradient(scaling.problem(200, count, 100.0), "cg").cost for count in (1, 200))
+    assert few == many
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e3])
+def test_products_grow_with_the_root_of_the_condition(condition: float) -> None:
+    found = bilevel.hypergradient(scaling.problem(200, 3, condition), "cg")
+    assert found.certificate.verdict == "exact"
+    assert found.cost.products <= 13.0 * math.sqrt(condition)
+    assert found.cost.gradients <= 11.0 * math.sqrt(condition)
+
+
+def test_a_second_hypergradient_close_by_costs_less() -> None:
+    solution = bilevel.solve(logistic(), "cg", steps=1, outer_optimizer=lambda t: torch.optim.SGD(t, lr=1e-3))
+    assert solution.history[0].products <= 0.8 * solution.start.products
+    assert solution.history[0].gradients <= 0.6 * solution.start.gradients
+
+
+def test_unrolling_takes_each_step_once_or_twice() -> None:
+    """64 numbers a step: some thousand bytes of graph each, so 800 kB hold part of 200 steps."""
+    inner, outer = overhead.losses()
+    start = torch.zeros(64, dtype=torch.float64)
+    problem = BilevelProblem(
+        inner, outer, start, bilevel.positive(0.01, shape=(64,)), inner_solver=bilevel.inner.SGD(lr=0.5, steps=200)
+    )
+    whole, part = (bilevel.hypergradient(problem, bilevel.Unroll(memory=m)) for m in ("1GB", "800kB"))
+    assert whole.cost.gradients == 200 + 3 and whole.cost.products == part.cost.products == 200
+    assert 200 + 3 < part.cost.gradients <= 370
+    assert torch.equal(whole.gradient, part.gradient)
