@@ -28,8 +28,8 @@ def solved() -> Hypergradient:
 
 
 def test_an_inner_solve_and_its_hypergradient(solved: Hypergradient) -> None:
-    assert solved.cost.gradients <= 28
-    assert solved.cost.products <= 40
+    assert solved.cost.gradients <= 32
+    assert solved.cost.products <= 44
 
 
 @pytest.mark.parametrize(("rtol", "trust"), [(1e-8, 6), (1e-4, 16)])
@@ -52,8 +52,8 @@ def test_a_run_of_ten_steps() -> None:
     records = [solution.start, *solution.history]
     spent = Cost(sum(r.gradients for r in records), sum(r.products for r in records))
     assert sum(r.inner_solves for r in records) <= 12
-    assert spent.gradients <= 380
-    assert spent.products <= 1130
+    assert spent.gradients <= 420
+    assert spent.products <= 1250
 
 
 def test_the_number_of_hyperparameters_changes_no_count() -> None:
