@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel.errors import NonFiniteError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import OuterGradient, Response, add_terms, present, ratio
 from bilevel.solvers.linear.base import dtype_of, inner, wide
+from bilevel.solvers.linear.cholesky import by_factor
 from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.vector import Vector, axpy, detach, norm, subtract, unflatten, zeros_like
 
@@ -142,6 +144,37 @@ def _expected_curvature(alphas: list[float], betas: list[float]) -> float:
     """Return the smallest Ritz value; while it still falls, what twice the fall of the last third would make of it."""
     now, before = (smallest_ritz(alphas[:k], betas) for k in (len(alphas), max(1, 2 * len(alphas) // 3)))
     return now * (now / before) ** 2
+
+
+def preconditioned(operator: LinearOperator, factor: Tensor) -> Solve:
+    """Return conjugate gradients with the Cholesky factor L of a Hessian nearby; what is left is (L L^T)^-1 times r.
+
+    So it is compared to the answer in its own units: with μ the smallest eigenvalue of (L L^T)^-1 H, which is about
+    one, what is missing is at most |left| / μ in the norm of L L^T.
+    """
+    inverse = by_factor(factor).inverse
+
+    def solve(rhs: Vector, scale: float, settled: Callable[[Bound], bool]) -> Solved:
+        r = wide(rhs)
+        x, z = torch.zeros_like(r), inverse(r)
+        p, rz, low = z, inner(r, z), 1.0
+        alphas: list[float] = []
+        betas: list[float] = []
+        while len(alphas) < MOST and rz > 0.0 and float(z.norm()) > LOOSE * low * float(x.norm()):
+            Ap = operator.flat(p)
+            pAp = inner(p, Ap)
+            if not pAp > 0.0:
+                low = 0.0
+                break
+            alphas.append(rz / pAp)
+            x, r = x + alphas[-1] * p, r - alphas[-1] * Ap
+            z = inverse(r)
+            rz, before = inner(r, z), rz
+            betas.append(rz / before)
+            p, low = z + betas[-1] * p, min(low, _expected_curvature(alphas, betas))
+        return Solved(unflatten(x, rhs), unflatten(z, rhs), low)
+
+    return solve
 
 
 def factored(inverse: Callable[[Vector], Vector], curvature: float) -> Solve:

@@ -31,7 +31,7 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
-from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely
+from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely, preconditioned
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL, dtype_of, linear_solver_meant
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
@@ -248,6 +248,8 @@ def _correct(
     solve = loosely(system.operator, curvature, solution.steps)
     if solution.inverse is not None:
         solve = factored(solution.inverse, curvature)
+    elif system.operator.factor is not None:
+        solve = preconditioned(system.operator, system.operator.factor)
     here = replace(equation(outer, system, scale), defect=lambda v: solution.residual)
 
     def there(w: Vector) -> Equation:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bilevel
+from bilevel.evaluation import Evaluator
 from bilevel.operators import LinearOperator
 from bilevel.solvers.linear import CG, Cholesky
 
@@ -69,6 +70,24 @@ def test_newton_gives_way_to_lbfgs_where_it_overshoots() -> None:
     run = bilevel.solve(problem, steps=2, outer_optimizer=jump)
     assert all(record.verdict == "exact" for record in run.history)
     torch.testing.assert_close(torch.tanh(run.params - run.hparams), -2e-3 * run.params)
+
+
+def test_the_error_is_measured_with_the_factor() -> None:
+    loose, tight = (replace_solver(logistic(), bilevel.inner.LBFGS(rtol=rtol)) for rtol in (1e-3, 1e-12))
+    evaluator, h = Evaluator(loose, bilevel.Implicit()), torch.full((N,), 1e-2, dtype=D)
+    for step in range(5):
+        h = h * torch.randn(N, generator=torch.Generator().manual_seed(step), dtype=D).exp()
+        found = evaluator({"hparams": h}).hypergradient
+        truth = bilevel.hypergradient(tight, "direct", hparams=h).gradient
+        assert found.certificate.error is not None
+        true = float((found.gradient["hparams"] - truth).norm() / truth.norm())
+        assert true <= 3 * found.certificate.error <= 300 * true
+    assert evaluator.factor is not None
+
+
+def replace_solver(problem: bilevel.BilevelProblem, solver: bilevel.inner.LBFGS) -> bilevel.BilevelProblem:
+    start = problem.params.start["params"], bilevel.positive(torch.full((N,), 1e-2, dtype=D))
+    return bilevel.BilevelProblem(problem.inner_loss, problem.outer_loss, *start, solver)
 
 
 def matrix(scales: Tensor) -> tuple[LinearOperator, Tensor]:
