@@ -227,6 +227,8 @@ def plot(found: Sequence[Trial], file: str) -> None:
     low, high = 1e-15, 1e3
     for method, mark in zip(METHODS, "os^v*xD+1234P", strict=True):
         mine = [t for t in found if t.method == method and t.estimate is not None][:400]
+        if not mine:
+            continue
         x = [min(max(t.true, low), high) for t in mine]
         y = [min(max(t.estimate or 0.0, low), high) for t in mine]
         axes.scatter(x, y, s=7, marker=mark, linewidths=0.5, alpha=0.6, label=method)

@@ -338,7 +338,8 @@ def test_unroll_is_autograd_through_the_written_loop(name: str, method: str) -> 
     for key, g in expected.items():  # each for itself: a small one must not hide behind a large one
         assert relative_error(found.gradient[key], g) <= 1e-10, key
         assert bool(g.abs().min() > 1e-6), "nothing to be compared"
-    assert (found.certificate.verdict, found.certificate.error) == ("exact", 0.0)
+    assert found.certificate.verdict == "exact"
+    assert found.certificate.error is not None and found.certificate.error <= 1e-12  # rounding alone
 
     x = nn.Parameter(START.clone())  # the written loop is torch.optim's
     trained = optimizer([x], lr=1.0, weight_decay=0.1, **options)
