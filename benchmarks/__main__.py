@@ -2,7 +2,7 @@
 
     python -m benchmarks --quick                           every section, less than 5 minutes
     python -m benchmarks time-to-target --only a9a         one section, one problem
-    python -m benchmarks --rivals-python ../rivals/bin/python --save docs/performance/
+    python -m benchmarks --rivals-python ../rivals/bin/python --page docs/performance.md
 
 Rivals that neither this interpreter nor `--rivals-python` has are left out, and named.
 """
@@ -41,8 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="turns of each contender")
     parser.add_argument("--limit", type=float, help="most seconds of a run until the target")
     parser.add_argument("--only", nargs="+", default=[], help="cases of a section, such as a9a")
-    parser.add_argument("--save", type=Path, help="a folder for the sections as files of their own")
-    parser.add_argument("--images", type=Path, help="a folder for the plots")
+    parser.add_argument("--page", type=Path, help="a Markdown file whose sections are replaced, plots beside it")
     given = parser.parse_args()
     unknown = [name for name in given.sections if name not in SECTIONS]
     if unknown:
@@ -55,22 +54,32 @@ def main() -> None:
         threads=given.threads,
         clock=given.clock,
         repeats=given.repeats or (3 if given.quick else 7),
-        limit=given.limit or (5.0 if given.quick else 300.0),
+        limit=given.limit or (3.0 if given.quick else 300.0),
         only=tuple(given.only),
-        images=given.images,
+        images=None if given.page is None else given.page.parent / "images",
     )
-    print(f"{surroundings(settings)}; {versions((settings.python, *settings.rivals_python))}\n", flush=True)
+    where = f"{surroundings(settings)}; {versions((settings.python, *settings.rivals_python))}"
+    print(f"{where}\n", flush=True)
     for name in given.sections or SECTIONS:
         begin = time.perf_counter()
         try:
             text = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").run(settings)
         except WorkerError as error:  # the other sections shall run
             text = f"failed: {error}"
-        page = f"## {SECTIONS[name]}\n\n{text}\n"
-        if given.save is not None:
-            given.save.mkdir(parents=True, exist_ok=True)
-            (given.save / f"{name}.md").write_text(page, encoding="utf-8")
-        print(f"{page}\n({name}: {time.perf_counter() - begin:.0f} s)\n", flush=True)
+        print(f"## {SECTIONS[name]}\n\n{text}\n\n({name}: {time.perf_counter() - begin:.0f} s)\n", flush=True)
+        if given.page is not None:
+            put(given.page, name, f"{text}\n\n{where}.")
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Replace what stands between a page's two comments "begin NAME" and "end NAME"."""
+    held = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+    before, _, rest = held.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{page} has no {begin.strip()} ... {end.strip()}")
+    page.write_text(before + begin + "\n" + text.strip() + "\n\n" + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

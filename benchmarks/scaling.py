@@ -65,14 +65,36 @@ def run(settings: Settings) -> str:
     half = most - 1
     sweeps = {
         "inner variables": [(10**k, 100, 100.0) for k in range(3, most + 1)],
-        "hyperparameters": [(10**most, 10**k, 100.0) for k in range(0, most + 1)],
+        "hyperparameters": [(10**most, 10**k, 100.0) for k in range(0, most + 1, 2 if settings.quick else 1)],
         "condition": [(10 ** min(half, 4), 10, 10.0**k) for k in range(1, 4 if settings.small else 7)],
     }
-    parts = [_sweep(name, cases, settings) for name, cases in sweeps.items() if name in settings.chosen(tuple(sweeps))]
+    curves: dict[str, Any] = {}
+    parts = [_sweep(name, sweeps[name], settings, curves) for name in settings.chosen(tuple(sweeps))]
+    if settings.images is not None and len(curves) == len(sweeps):
+        _plot(curves, settings)
+        parts.append("![Time against size, products against condition](images/scaling.png)")
     return "\n\n".join(parts)
 
 
-def _sweep(name: str, cases: list[tuple[int, int, float]], settings: Settings) -> str:
+def _plot(curves: dict[str, Any], settings: Settings) -> None:
+    """Draw time against both sizes, and products against the condition, on log scales."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+    for axis, (name, (sizes, seconds, products)) in zip(figure.subplots(1, 3), curves.items(), strict=True):
+        condition = name == "condition"
+        figures = products if condition else seconds
+        axis.loglog(sizes, figures, "o-")
+        power = 0.5 if condition else 0.0 if name == "hyperparameters" else 1.0
+        axis.loglog(sizes, [figures[-1] * (x / sizes[-1]) ** power for x in sizes], ":", color="gray")
+        axis.set(xlabel=name, ylabel="products" if condition else "seconds")
+        axis.set_title(f"dotted: power {power:g}", fontsize="small")
+    assert settings.images is not None
+    settings.images.mkdir(parents=True, exist_ok=True)
+    figure.savefig(settings.images / "scaling.png", dpi=110)
+
+
+def _sweep(name: str, cases: list[tuple[int, int, float]], settings: Settings, curves: dict[str, Any]) -> str:
     at = ["inner variables", "hyperparameters", "condition"].index(name)
     rows, seconds, products = [], [], []
     for case in cases:
@@ -81,6 +103,7 @@ def _sweep(name: str, cases: list[tuple[int, int, float]], settings: Settings) -
         products.append(found["products"])
         rows.append([f"{case[at]:,.0f}", duration(seconds[-1]), f"{found['gradients']:,}", f"{found['products']:,}",
                      size(found["peak"]), found["verdict"]])  # fmt: skip
+    curves[name] = [case[at] for case in cases], seconds, products
     if name == "condition":
         for row, case, count in zip(rows, cases, products, strict=True):
             row.insert(4, f"{count / math.sqrt(case[2]):.1f}")

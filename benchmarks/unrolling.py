@@ -80,7 +80,7 @@ def run(settings: Settings) -> str:
     """Return the section as Markdown."""
     quick = settings.quick or settings.small
     lengths = (10, 40) if settings.small else (10, 100) if quick else (10, 100, 1_000, 10_000)
-    return "\n\n".join(_table(name, lengths, settings) for name in settings.chosen(OPTIMIZERS, quick=("sgd", "adam")))
+    return "\n\n".join(_table(name, lengths, settings) for name in settings.chosen(OPTIMIZERS, quick=("sgd",)))
 
 
 def _table(optimizer: str, lengths: tuple[int, ...], settings: Settings) -> str:
