@@ -93,7 +93,8 @@ def _betty(inner: Any, outer: Any, rtol: float, steps: int) -> Hypergradient:
 def _boat(inner: Any, outer: Any, rtol: float, steps: int) -> Hypergradient:
     """The function behind its operator "CG", on a gradient step of length 1, whose system is ours.
 
-    Its tolerance is an absolute one, so it is scaled by the right-hand side.
+    Its tolerance is an absolute one, so it is scaled by the right-hand side. It flattens gradients by `view`, which wants
+    them contiguous, and those through a sparse design are not.
     """
     from boat_torch.utils import op_utils
 
@@ -103,9 +104,12 @@ def _boat(inner: Any, outer: Any, rtol: float, steps: int) -> Hypergradient:
 
     def hypergradient(w: list[Tensor], h: Tensor) -> Tensor:
         w, h = _leaves(w, h)
-        loss = outer(w, h)
+        views = [t.view_as(t) for t in w]
+        for t in views:
+            t.register_hook(torch.Tensor.contiguous)
+        loss = outer(views, h)
         size = hand_written.flatten(torch.autograd.grad(loss, w, retain_graph=True)).norm()
-        return op_utils.conjugate_gradient(w, [h], loss, inner(w, h), MAX_STEPS, step, rtol * float(size))[0]
+        return op_utils.conjugate_gradient(w, [h], loss, inner(views, h), MAX_STEPS, step, rtol * float(size))[0]
 
     return hypergradient
 

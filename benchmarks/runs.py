@@ -177,7 +177,7 @@ def _optuna(level: _Inner, note: Note, rate: None) -> str:
 
     def objective(trial: Any) -> float:
         nonlocal w, best
-        free = np.array([trial.suggest_float(f"group {i}", -10.0, 10.0) for i in range(20)])[group]
+        free = np.array([trial.suggest_float(f"group {i}", -5.0, 5.0) for i in range(20)])[group]
         h = (start * np.exp(free) if level.workload.positive else free).astype(start.dtype)
         w = level.train(w, torch.from_numpy(h))
         loss = level.outer_value(w, torch.from_numpy(h))
