@@ -93,8 +93,8 @@ def _betty(inner: Any, outer: Any, rtol: float, steps: int) -> Hypergradient:
 def _boat(inner: Any, outer: Any, rtol: float, steps: int) -> Hypergradient:
     """The function behind its operator "CG", on a gradient step of length 1, whose system is ours.
 
-    Its tolerance is an absolute one, so it is scaled by the right-hand side. It flattens gradients by `view`, which wants
-    them contiguous, and those through a sparse design are not.
+    Its tolerance is an absolute one, so it is scaled by the right-hand side. It flattens gradients by `view`, which
+    wants them contiguous, and those through a sparse design are not.
     """
     from boat_torch.utils import op_utils
 
