@@ -1,6 +1,6 @@
 """A hypergradient taken again in float64, where float32 is what keeps it from being trusted.
 
-    w <- w - H^-1 R(w)   in float64, until R has float64's size        (Newton's method)
+    w <- w - H^-1 R(w)   in float64, until R is small enough        (Newton's method)
 
 and then the ordinary hypergradient at w. Products in float32 leave residuals of about 1e-6, which a condition of 1e3
 turns into an error of 1e-3; refinement with residuals alone in float64 (Higham, Accuracy and stability of numerical
@@ -19,7 +19,7 @@ from bilevel.certificate import Certificate, Hypergradient
 from bilevel.errors import BilevelError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import Linearization, OuterGradient, Response, outer_gradient
-from bilevel.solvers.linear import LinearSolver
+from bilevel.solvers.linear import CG, LinearSolver
 from bilevel.solvers.linear.base import FATAL, dtype_of
 from bilevel.vector import Vector, axpy, cast, detach, norm, subtract
 
@@ -30,7 +30,10 @@ SHORTEST = 1 / 64  # part of a Newton step; they are long where the curvature is
 # Products that Newton steps may take, over those of the attempt in float32. They took 0.1 to 0.8 times as many on ridge
 # and logistic regression of condition 1e3 to 1e8, since a solve that waits for digits that float32 has not is dear.
 BUDGET = 4
-ENOUGH = 1e-6  # of the float32 residual: about 1e-12 of the inner gradient's scale
+# The error wanted, of which the residual is to be made a part: it shrinks in proportion. At most to 1e-6 of what float32
+# left, about 1e-12 of the inner gradient's scale.
+WANTED, ENOUGH = 1e-5, 1e-6
+TIGHTEST = 1e-8  # relative residual of one Newton step's conjugate gradients; damped steps need exact ones
 SAME = 1e-3  # relative difference that float32 may make to a loss or a gradient, on the scale of each
 
 
@@ -84,10 +87,14 @@ def in_float64(
     """
     try:
         wide, h = response.in_float64(), cast(upper, torch.float64)
-        w = _polished(wide, cast(lower, torch.float64), h, pick, seen)
+        error = first[0].certificate.error
+        enough = ENOUGH if not error else max(ENOUGH, min(0.1, WANTED / error))
+        w = _polished(wide, cast(lower, torch.float64), h, pick, seen, enough)
         if w is None:
             return first
-        again, state = estimate(wide, w, h, None)
+        # The adjoint is near; what float32 took for curvature may be rounding.
+        warm = {**first[1], "value": cast(first[1]["value"], torch.float64), "steps": 0}
+        again, state = estimate(wide, w, h, warm)
     except Exception as error:  # noqa: BLE001  the user's functions, written for float32, may fail in any way
         reason = _FAILED.format(type(error).__name__, str(error).partition("\n")[0])
         reasons = (*first[0].certificate.reasons, reason)
@@ -110,16 +117,24 @@ _FAILED = (
 
 
 def _polished(
-    response: Response, lower: Vector, upper: Vector, pick: Callable[[LinearOperator], LinearSolver], seen: Seen
+    response: Response,
+    lower: Vector,
+    upper: Vector,
+    pick: Callable[[LinearOperator], LinearSolver],
+    seen: Seen,
+    enough: float,
 ) -> Vector | None:
-    """Return the inner solution to float64's precision; None where H is not positive definite or it is too dear."""
+    """Return w with `enough` of its residual; None where H is not positive definite or it is too dear."""
     system = Linearization(response, lower, upper)
     _check_same(seen, outer_gradient(response, lower, upper), system.residual, response.start_gradient_norm(upper))
     first, limit = float(norm(system.residual)), (1 + BUDGET) * response.cost.products
     for _ in range(NEWTON_STEPS):
-        if float(norm(system.residual)) <= ENOUGH * first:
+        if float(norm(system.residual)) <= enough * first:
             break
-        step = pick(system.operator).solve(system.operator, system.residual)
+        solver = pick(system.operator)
+        if isinstance(solver, CG):
+            solver = replace(solver, rtol=enough / 3 if enough > ENOUGH else TIGHTEST)
+        step = solver.solve(system.operator, system.residual)
         if step.status in FATAL or response.cost.products > limit:
             return None
         moved = _damped(response, lower, upper, step.value, float(norm(system.residual)))
