@@ -114,6 +114,8 @@ class Hyperparameters:
             kind = self.kinds.get(name, Real(t, ()))
             # In float64, so that a short step is not lost in the rounding of u.
             after = kind.natural(kind.free(t.double()) + self._unit(name, t) * step[name].double()).to(t.dtype)
+            if not bool(step[name].any()):
+                after = t  # to the last bit: the way to u and back rounds
             low, high = kind.ends(t)
             found[name] = torch.minimum(torch.maximum(after, low), high).detach()
         return found

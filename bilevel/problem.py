@@ -17,7 +17,7 @@ from bilevel.hyperparameters import Hyperparameters
 from bilevel.inner import LBFGS, Custom, InnerSolver
 from bilevel.layout import Variables
 from bilevel.prox import assign
-from bilevel.twice import INSTEAD, silently_wrong
+from bilevel.twice import INSTEAD, reentrant, silently_wrong
 from bilevel.variables import variables
 
 
@@ -83,7 +83,7 @@ class BilevelProblem:
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
         self.inner_solver = _as_solver(inner_solver, self.inner_batches.given)
         assign(getattr(self.inner_solver, "penalties", ()), self.params)
-        self._examined = False
+        self._examined: set[str] = set()
 
     @property
     def deterministic(self) -> bool:
@@ -96,7 +96,7 @@ class BilevelProblem:
         Raises:
             NotTwiceDifferentiableError: it names the operation and what to write instead.
         """
-        if self._examined:
+        if "twice" in self._examined:
             return
         wrong = silently_wrong(inner_loss)
         if wrong:
@@ -104,7 +104,22 @@ class BilevelProblem:
                 f"`{self.inner_name}` uses {'; and '.join(wrong)}. Its second derivative would be wrong without "
                 f"an error. {INSTEAD}"
             )
-        self._examined = True
+        self._examined.add("twice")
+
+    def refuse_reentrant(self, loss: Tensor, name: str) -> None:
+        """Refuse a loss whose gradient torch would leave a part of out without an error; looked for once.
+
+        Raises:
+            NotTwiceDifferentiableError: with the flag to set.
+        """
+        if name in self._examined or not loss.requires_grad:
+            return
+        if reentrant(loss):
+            raise NotTwiceDifferentiableError(
+                f"`{name}` uses reentrant activation checkpointing, whose parameters torch.autograd.grad leaves out; "
+                "write checkpoint(..., use_reentrant=False)"
+            )
+        self._examined.add(name)
 
     def position(self) -> dict[str, Any]:
         """Return where the streams of batches are."""

@@ -22,7 +22,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import get_random, replayed
 from bilevel.stepping import Stepping
-from bilevel.twice import explained, twice_differentiable
+from bilevel.twice import INSTEAD, explained, twice_differentiable
 from bilevel.vector import Vector, cast, detach, leaves, norm
 from bilevel.widening import CannotWidenError, InFloat64, widened
 
@@ -251,7 +251,9 @@ class ProblemResponse(Stepping):
             self._problem.params.bound(lower, keep_buffers=keep_buffers) as params,
             self._hparams.bound(upper) as hparams,
             self._twice() if twice else nullcontext(),
-            explained(f"differentiating the losses{' twice' if twice else ''}"),
+            explained("differentiating the losses twice", f"{INSTEAD}. ")
+            if twice
+            else explained("differentiating the losses"),
             self._precision(),
         ):
             yield params, hparams
@@ -289,12 +291,15 @@ class ProblemResponse(Stepping):
         problem = self._problem
         given = (*structures, batch) if problem.inner_batches.given else structures
         value = scalar(problem.inner_loss, given, problem.inner_name)
+        problem.refuse_reentrant(value, problem.inner_name)
         return value + self._weight * self._outer(structures) if self._weight else value
 
     def _outer(self, structures: tuple[Any, Any]) -> Tensor:
         problem = self._problem
         given = (*structures, self._outer_batch) if problem.outer_batches.given else structures
-        return scalar(problem.outer_loss, given, "outer_loss")
+        value = scalar(problem.outer_loss, given, "outer_loss")
+        problem.refuse_reentrant(value, "outer_loss")
+        return value
 
     def _randomness(self, pinned: bool) -> AbstractContextManager[None]:
         """Draw the same random numbers in every term of one hypergradient; go on with fresh ones in training."""

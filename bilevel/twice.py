@@ -41,15 +41,15 @@ def twice_differentiable(recurrent_on_gpu: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn torch's errors about missing derivatives into one that names the operation and the cure."""
+def explained(what: str, instead: str = "") -> Iterator[None]:
+    """Turn torch's errors about missing derivatives into one that names the operation and the cures."""
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         for part, cure in _CURES.items():
             if part in text:
-                message = f"{what} failed: {cure}. {INSTEAD}. torch says: {text.splitlines()[0]}"
+                message = f"{what} failed: {cure}. {instead}torch says: {text.splitlines()[0]}"
                 raise NotTwiceDifferentiableError(message) from error
         raise
 
@@ -75,6 +75,15 @@ def silently_wrong(value: Tensor) -> list[str]:
     if any(node.name().startswith("WeightNormInterface") for node in _nodes(value)):
         found.append("torch's fused weight_norm: write the normalization out (g * v / v.norm(...))")
     return found
+
+
+def reentrant(value: Tensor) -> bool:
+    """Say whether a reentrant activation checkpoint is behind a tensor.
+
+    torch.autograd.grad leaves out the parameters that are used inside of one, without an error where it need not go
+    through it to reach others.
+    """
+    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(value))
 
 
 def _nodes(value: Tensor) -> Iterator[Any]:

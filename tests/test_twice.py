@@ -100,6 +100,29 @@ def test_reentrant_checkpoint_names_the_flag() -> None:
         hypergradient(problem)
 
 
+@pytest.mark.parametrize("where", ["inner_loss", "outer_loss"])
+@pytest.mark.parametrize("method", ["cg", "penalty"])
+def test_a_reentrant_checkpoint_that_torch_goes_around_is_refused(where: str, method: str) -> None:
+    """Its input needs no parameter, so torch.autograd.grad leaves out the weights inside of it and says nothing."""
+    data = X.clone().requires_grad_()
+    net = nn.Sequential(linear(), linear())
+
+    def forward(p: Any, flag: bool) -> Any:
+        return p[1](checkpoint(p[0], data, use_reentrant=flag))
+
+    def penalty(p: Any, h: Any) -> Any:
+        return h * sum(t.square().sum() for t in p.parameters())
+
+    problem = bilevel.BilevelProblem(
+        lambda p, h: forward(p, where == "inner_loss").square().mean() + penalty(p, h),
+        lambda p, h: (forward(p, where == "outer_loss") - Y).square().mean(),
+        params=net,
+        hparams=bilevel.positive(1.0),
+    )
+    with pytest.raises(bilevel.NotTwiceDifferentiableError, match=rf"`{where}`.*use_reentrant=False\)$"):
+        hypergradient(problem, method)
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
