@@ -30,7 +30,7 @@ SHORTEST = 1 / 64  # part of a Newton step; they are long where the curvature is
 # Products that Newton steps may take, over those of the attempt in float32. They took 0.1 to 0.8 times as many on ridge
 # and logistic regression of condition 1e3 to 1e8, since a solve that waits for digits that float32 has not is dear.
 BUDGET = 4
-# The error wanted, of which the residual is to be made a part: it shrinks in proportion. At most to 1e-6 of what float32
+# The error wanted: the residual is made smaller in proportion, down to at most 1e-6 of what float32
 # left, about 1e-12 of the inner gradient's scale.
 WANTED, ENOUGH = 1e-5, 1e-6
 TIGHTEST = 1e-8  # relative residual of one Newton step's conjugate gradients; damped steps need exact ones
