@@ -11,6 +11,8 @@ from torch import Tensor
 
 Vector = dict[str, Tensor]
 
+SMALLEST, LARGEST = 1e-120, 1e120  # between them no square of a norm leaves float64's range
+
 
 def dot(a: Vector, b: Vector) -> Tensor:
     """Return the inner product as a 0-d float64 tensor (float32 products are summed in float64)."""
@@ -26,6 +28,11 @@ def dot(a: Vector, b: Vector) -> Tensor:
 
 def norm(a: Vector) -> Tensor:
     """Return the Euclidean norm as a 0-d float64 tensor, free of overflow and underflow."""
+    parts = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in a.values()]
+    if parts:
+        found = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+        if SMALLEST < float(found) < LARGEST:
+            return found
     largest = max_abs(a)
     if not 0.0 < float(largest) < float("inf"):
         return largest

@@ -22,7 +22,7 @@ from bilevel.errors import NonFiniteError
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import OuterGradient, Response, add_terms, present, ratio
 from bilevel.solvers.linear.base import dtype_of, inner, wide
-from bilevel.solvers.linear.cholesky import by_factor
+from bilevel.solvers.linear.cholesky import solve_with
 from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.vector import Vector, axpy, detach, norm, subtract, unflatten, zeros_like
 
@@ -152,7 +152,7 @@ def preconditioned(operator: LinearOperator, factor: Tensor) -> Solve:
     So it is compared to the answer in its own units: with μ the smallest eigenvalue of (L L^T)^-1 H, which is about
     one, what is missing is at most |left| / μ in the norm of L L^T.
     """
-    inverse = by_factor(factor).inverse
+    inverse = solve_with(factor)
 
     def solve(rhs: Vector, scale: float, settled: Callable[[Bound], bool]) -> Solved:
         r = wide(rhs)

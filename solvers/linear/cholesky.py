@@ -22,6 +22,7 @@ from bilevel.vector import Vector, flatten, unflatten
 # A small negative curvature, relative to the largest, of a direction that makes up less than the second part of the
 # answer: where the inner solutions form a ring, the point that the inner solver left has either sign along it.
 SLIGHT, UNTOUCHED = 1e-3, 1e-8
+EVEN = 1e4  # the largest entry of a diagonal over the smallest, up to which scaling it changes little
 INVERSE_STEPS = 8  # inverse iterations for the smallest eigenvalue; each is two triangular solves
 
 
@@ -82,10 +83,10 @@ def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
         b: right-hand side, float64.
         resolution: machine precision of the products that A was formed from.
     """
-    factor = _factor_definite(A, 10 * len(b) * resolution)
-    if factor is not None:
-        inverse = by_factor(factor).inverse
-        return inverse, smallest_value(factor), "converged", factor
+    found = _factor_definite(A, 10 * len(b) * resolution)
+    if found is not None:
+        factor, curvature = found
+        return solve_with(factor), curvature, "converged", factor
     rounding = 10 * len(b) * resolution * float(A.abs().max())
     values, vectors = torch.linalg.eigh(A)
     seen = vectors.T @ b
@@ -105,26 +106,37 @@ def _factor_symmetric(A: Tensor, b: Tensor, resolution: float) -> Factored:
     return pseudo_inverse, curvature, "converged" if curvature > 0.0 else "nonpositive curvature", None
 
 
-def _factor_definite(A: Tensor, rounding: float) -> Tensor | None:
-    """Return the Cholesky factor, None unless A is positive definite beyond rounding.
+def _factor_definite(A: Tensor, rounding: float) -> tuple[Tensor, float] | None:
+    """Return the Cholesky factor and the smallest eigenvalue, None unless A is positive definite beyond rounding.
 
-    Judged where the diagonal is one (van der Sluis, Condition numbers and equilibration of matrices, Numerische
-    Mathematik 14 (1969)): strengths ten decades apart round each its own rows only.
+    Judged where the diagonal is one, if its entries differ much (van der Sluis, Condition numbers and equilibration of
+    matrices, Numerische Mathematik 14 (1969)): strengths ten decades apart round each its own rows only.
     """
     diagonal = A.diagonal()
     if not bool((diagonal > 0.0).all()):
         return None
-    root = diagonal.sqrt()
+    even = bool(diagonal.max() <= EVEN * diagonal.min())
+    root = torch.ones_like(diagonal) if even else diagonal.sqrt()
     factor, info = torch.linalg.cholesky_ex(A / root / root[:, None])
-    if int(info) or not smallest_value(factor) > rounding:
+    if int(info):
         return None
-    scaled: Tensor = root[:, None] * factor
-    return scaled
+    smallest = smallest_value(factor)
+    if not smallest > rounding * float(A.abs().max() if even else 1.0):
+        return None
+    if even:
+        return factor, smallest
+    factor = root[:, None] * factor
+    return factor, smallest_value(factor)
+
+
+def solve_with(factor: Tensor) -> Inverse:
+    """Return r -> A^-1 r for the matrix A that `factor` is of."""
+    return lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0]
 
 
 def by_factor(factor: Tensor) -> Preconditioner:
     """Return the matrix that `factor` is of as a preconditioner for one that is near it."""
-    return Preconditioner(lambda r: torch.cholesky_solve(r[:, None], factor)[:, 0], smallest_value(factor))
+    return Preconditioner(solve_with(factor), smallest_value(factor))
 
 
 def smallest_value(factor: Tensor) -> float:
