@@ -13,8 +13,8 @@ class BilevelError(Exception):
 
 
 NAN_ADVICE = (
-    "look for a logarithm or a root of 0, a division by 0 or an overflow of exp in the loss (inside torch.autograd."
-    "set_detect_anomaly(True) torch names the operation), or for a learning rate that is too large"
+    "look for NaN in the data, a logarithm or a root of 0, a division by 0 or an overflow of exp in the loss (inside "
+    "torch.autograd.set_detect_anomaly(True) torch names the operation), or for a learning rate that is too large"
 )
 
 

@@ -59,6 +59,7 @@ def over(problem: BilevelProblem, n: int) -> BilevelProblem:
             "penalties of single entries (L1, ElasticNet, Box) can be taken"
         )
     family = copy.copy(problem)
+    family.members = n
     stacked = {name: t.expand(n, *t.shape).clone() for name, t in problem.params.start.items()}
     module = isinstance(problem.params, ModuleVariables)
     family.params = variables(stacked if module else problem.params.shaped(stacked), problem.params.role)

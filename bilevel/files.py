@@ -63,10 +63,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         data = torch.load(path, weights_only=True, map_location="cpu")
     except _UNREADABLE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        # Without torch's text, which advises `weights_only=False`: that would execute the file.
         raise InvalidValueError(
             f"{os.fspath(path)} is cut short, or no file of bilevel's; nothing in it was executed and it is left as it "
-            f"is: {reason}"
+            "is: delete it, or give another path"
         ) from error
     if not isinstance(data, dict):
         raise InvalidValueError(f"{os.fspath(path)} is no file of bilevel's; it is left as it is")

@@ -55,6 +55,8 @@ class BilevelProblem:
 
     inner_name: str = "inner_loss"
     """What messages call the inner loss."""
+    members: int | None = None
+    """How many members a family has (`bilevel.over`), whose data have a leading dimension for them."""
     params_name: str = "params"
     """What messages call the inner variables."""
 

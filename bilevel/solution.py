@@ -91,10 +91,10 @@ class Solution:
     hparams: Any
     params: Any
     outer_loss: float
-    history: list[Record]
+    history: list[Record] = field(repr=False)
     status: str
     certificate: Certificate
-    start: Record
+    start: Record = field(repr=False)
     _write_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -113,6 +113,9 @@ class Solution:
                 "model.load_state_dict(solution.params)"
             )
         self._write_back()
+
+    def __str__(self) -> str:
+        return self.summary()
 
     def summary(self) -> str:
         """Return a table of the run, for people."""

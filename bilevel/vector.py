@@ -30,7 +30,7 @@ def norm(a: Vector) -> Tensor:
     """Return the Euclidean norm as a 0-d float64 tensor, free of overflow and underflow."""
     parts = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in a.values()]
     if parts:
-        found = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+        found: Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
         if SMALLEST < float(found) < LARGEST:
             return found
     largest = max_abs(a)

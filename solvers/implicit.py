@@ -156,7 +156,9 @@ def differentiate(
     adjoint = _adjoint(system.operator, solution, state, spent + solution.steps)
     scale, curvature = inner_scale(response, system, lower, upper), adjoint["curvature"]
     correction = _correct(response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize)
-    certificate = _certify(system, solution, curvature, scale, correction, solver.truncates, advice)
+    certificate = _certify(
+        system, solution, curvature, scale, correction, solver.truncates, advice, response.stochastic
+    )
     if certificate.verdict == "approximate" and _drowned(system.operator, outer.lower, curvature):
         certificate = replace(certificate, verdict="untrusted", reasons=(_DROWNED.format(curvature),))
     value = -float(dot(solution.value, system.residual))  # f(w*) = f(w) - v·R(w) to first order
@@ -165,6 +167,7 @@ def differentiate(
     return found, adjoint, Seen(outer, system.residual, not solver.truncates and not cut_short)
 
 
+_ON_ONE_BATCH = '; on one minibatch it does not vanish however long: give larger batches, or method="unroll" or "soba"'
 _DROWNED = (
     "the smallest curvature met, {:.1e}, is not far above what float32 rounds off the largest, and the estimated error "
     "rests on it; use float64, or more regularization in the inner loss"
@@ -266,6 +269,7 @@ def _certify(
     correction: Correction | None,
     by_design: bool,
     advice: str,
+    stochastic: bool,
 ) -> Certificate:
     """Judge by the estimated error, and what the products themselves are uncertain by."""
     inner = ratio(float(norm(system.residual)), scale)
@@ -278,7 +282,7 @@ def _certify(
     )
     hint = (
         f"the inner residual is {inner:.1e} (train the inner problem further: more `steps` or a smaller `rtol` of the "
-        f"inner solver) and the adjoint residual is {solution.relative:.1e} ({advice}"
+        f"inner solver{_ON_ONE_BATCH * stochastic}) and the adjoint residual is {solution.relative:.1e} ({advice}"
     )
     error = None if correction is None else correction.error + system.noise
     as_designed = by_design and correction is not None and correction.moved < INNER_TOLERANCE

@@ -73,6 +73,7 @@ def test_noisy_draws_are_flagged() -> None:
     torch.manual_seed(0)
     found = at_optimum(problem(4), bilevel.Averaged(2))
     assert found.certificate.verdict == "untrusted" and "standard error over batches" in str(found.certificate)
+    assert any("give larger batches" in reason for reason in found.certificate.reasons)
 
 
 @pytest.mark.parametrize(

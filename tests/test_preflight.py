@@ -535,6 +535,24 @@ def test_precision_does_not_matter_to_unrolled_methods() -> None:
     assert not findings(problem, "unroll")
 
 
+def test_methods_that_move_the_inner_variables_are_told_of_no_linear_system() -> None:
+    found = findings(quadratic([-1.0, 10.0], torch.float32), "soba")
+    assert [f.subject for f in found] == ["inner_loss"]
+    assert "negative curvature" in found[0].message and "conjugate" not in found[0].message
+
+
+def test_the_examples_of_a_family_are_those_of_all_members() -> None:
+    folds = (X.reshape(5, 4, 4), Y.reshape(5, 4))
+    member = problem_of(
+        lambda w, h, b: ((b[0] @ w - b[1]) ** 2).mean() + (h * w).square().sum(),
+        lambda w, h, b: ((b[0] @ w - b[1]) ** 2).mean(),
+        hparams=bilevel.positive(1.0, shape=(7, 1)),
+        inner_data=folds,
+        outer_data=folds,  # masks of folds are the same at both levels
+    )
+    assert not findings(bilevel.over(member, 5))  # 7 hyperparameters for 5 folds of 4 rows
+
+
 def test_half_precision_is_a_warning() -> None:
     found = [f for f in findings(quadratic([1.0, 2.0], torch.bfloat16), "cg") if f.subject == "params"]
     assert [f.level for f in found] == ["warning"] and "autocast" in found[0].remedy
@@ -616,7 +634,7 @@ other = 3
         (FILE, ["f.py:other"], 2, "is a int, expected a BilevelProblem"),
         (FILE, ["f.py"], 2, "FILE.py:name"),
         (FILE, ["g.py:good"], 2, "there is no file"),
-        (FILE, ["f.py:good", "--method", "newton"], 2, "invalid choice"),
+        (FILE, ["f.py:good", "--method", "newton"], 2, "expected one of"),
         ("x = 1\ny = x / 0\n", ["f.py:good"], 2, "ZeroDivisionError: division by zero (line 2)"),
         ("x = (", ["f.py:good"], 2, "SyntaxError"),
     ],

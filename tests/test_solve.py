@@ -640,7 +640,8 @@ def test_a_solution_survives_a_file(tmp_path: Path) -> None:
     assert torch.equal(loaded.params, solution.params)
     for field in ("outer_loss", "history", "status", "certificate", "start"):
         assert getattr(loaded, field) == getattr(solution, field), field
-    assert loaded.summary() == solution.summary()
+    assert loaded.summary() == solution.summary() == str(solution)
+    assert "Record" not in repr(solution)  # a long run's history would fill the screen
     with pytest.raises(InvalidValueError, match="loaded from a file"):
         loaded.apply_()
     loaded.save(str(path))  # over itself

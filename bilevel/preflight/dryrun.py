@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,8 @@ def check_settings(dry: DryRun) -> None:
             "half of the digits or more",
             "for small problems use float64: .double() on params, hparams and data",
         )
+    elif dry.first.dtype == torch.float32 and about(dry.method).begins == "last":
+        pass  # no linear system is solved
     elif dry.first.dtype == torch.float32:
         dry.add(
             "note",
@@ -193,7 +196,8 @@ def _check_data(dry: DryRun) -> None:
                 "is an iterator that cannot start again: this dry run took batches from it, and no run can be resumed",
                 "give a DataLoader or another iterable that starts again",
             )
-    if inner is not None and outer is not None and _sources(inner) & _sources(outer):
+    shared = inner is not None and outer is not None and _sources(inner) & _sources(outer)
+    if shared and dry.problem.members is None:  # what both levels of a family see may be masks of folds
         dry.add(
             "warning",
             "outer_data",
@@ -201,7 +205,7 @@ def _check_data(dry: DryRun) -> None:
             "overfit",
             "give validation data that training does not see",
         )
-    count, examples = size(dry.upper), _examples(outer)
+    count, examples = size(dry.upper), _examples(outer, 1 if dry.problem.members is None else 2)
     if examples is not None and count > examples:
         dry.add(
             "note",
@@ -223,12 +227,12 @@ def _is_matrix(data: Any) -> bool:
     return isinstance(data, (Tensor, Design)) or is_sparse(data)
 
 
-def _examples(data: Any) -> int | None:
-    """Return how many examples there are, where that can be seen: the first dimension of the first tensor."""
+def _examples(data: Any, dimensions: int) -> int | None:
+    """Return how many examples there are, where that can be seen: the first dimensions of the first tensor."""
     source = getattr(data, "dataset", data)
     if isinstance(source, (dict, list, tuple)) or _is_matrix(source):
         parts: list[Any] = optree.tree_leaves(source)
-        sizes = [t.shape[0] for t in parts if _is_matrix(t) and len(t.shape) > 0]
+        sizes = [math.prod(t.shape[:dimensions]) for t in parts if _is_matrix(t) and len(t.shape) > 0]
         return sizes[0] if sizes else None
     try:
         return len(source) if hasattr(source, "__getitem__") else None

@@ -222,7 +222,7 @@ def check_curvature(dry: DryRun) -> None:
                 "note",
                 "inner_loss",
                 f"has negative curvature at the starting point ({low:.2g}, the largest is {high:.2g}); where training "
-                "ends it must have none for conjugate gradients, and MINRES takes over otherwise",
+                f"ends it must have none{_NEED.get(about(dry.method).begins, '')}",
                 "regularize the inner loss, train to a minimum, or read the certificate",
             )
         elif getattr(dry.problem.inner_solver, "penalties", ()):
@@ -241,6 +241,9 @@ def check_curvature(dry: DryRun) -> None:
                 "they are still flat where training ends, the inner solution is not unique",
                 "add a little regularization to the inner loss: + 1e-6 * (w**2).sum()",
             )
+
+
+_NEED = {"solution": " for conjugate gradients, and MINRES takes over otherwise", "last": ", or nothing is trusted"}
 
 
 def _check_condition(dry: DryRun, condition: float) -> None:
