@@ -73,8 +73,8 @@ def descend_lbfgs(run: Run, keeper: Keeper) -> None:
     lbfgs(search.function, start, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
     raise Stop(
         "stalled: L-BFGS found no lower outer loss along its direction; either the hypergradient is at the precision "
-        "of the losses, or F is not a smooth function of the hyperparameters (try "
-        "outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05))"
+        "of the losses, or F is not a smooth function of the hyperparameters: a lasso has kinks, and its best strength "
+        "is often one; for others try outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
     )
 
 

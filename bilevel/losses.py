@@ -25,6 +25,10 @@ def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tenso
                 f"bilevel: `params` and `hparams` are {dtypes.pop()} here; give the data of `{name}` that dtype too, "
                 "or `params` and `hparams` the dtype of the data (.double())"
             )
+        if "in-place operation" in str(error):
+            error.add_note(
+                "bilevel: `params` and `hparams` are lent: write the form out of place (x * 2 for x.mul_(2))"
+            )
         raise
     if not isinstance(value, Tensor):
         hint = "add a return statement" if value is None else "return the tensor itself, without .item()"

@@ -76,6 +76,18 @@ def test_errors_of_the_users_functions_say_where(call: Callable[[], Any], where:
     assert sum(f"bilevel: while evaluating {where}" in note for note in caught.value.__notes__) == 1
 
 
+def test_a_loss_that_writes_into_its_arguments_is_told_the_other_form() -> None:
+    wrong = bilevel.BilevelProblem(
+        lambda w, h: ((w - 1.0) ** 2).sum() + (h.mul_(2.0) * w**2).sum(),
+        lambda w, h: (w**2).sum(),
+        params=torch.zeros(2, dtype=torch.float64),
+        hparams=bilevel.positive(0.1),
+    )
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.hypergradient(wrong)
+    assert any("x * 2 for x.mul_(2)" in note for note in caught.value.__notes__)
+
+
 def test_a_missing_key_of_hparams_is_shown_with_those_there_are() -> None:
     with pytest.raises(KeyError) as caught:
         bilevel.hypergradient(problem(key="l_2"))

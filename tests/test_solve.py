@@ -256,7 +256,7 @@ def test_a_kink_stalls_lbfgs() -> None:
         bilevel.real(1.0, shape=(1,)),
     )
     solution = solve(problem, steps=100)
-    assert solution.status.startswith("stalled: L-BFGS found no lower outer loss")
+    assert solution.status.startswith("stalled: L-BFGS found no lower outer loss") and "kinks" in solution.status
     assert "outer_optimizer" in solution.status
     assert len(solution.history) < 100
     assert solution.outer_loss <= solution.start.outer_loss
