@@ -13,16 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.errors import NotTwiceDifferentiableError
 
 # Beginnings or parts of torch's messages, and what to write instead. The text of the message names the operation.
+_LINE = "; inside torch.autograd.set_detect_anomaly(True) torch prints the line of the module or loss that calls it"
 _CURES = {
     "use_reentrant": "activation checkpointing must be non-reentrant: write checkpoint(..., use_reentrant=False)",
     "modified by an inplace operation": "an operation in place overwrote a value that a derivative needs: write the "
-    "out-of-place form (x = x * 2 for x.mul_(2), F.relu(x) for inplace=True) in the loss or the module",
+    f"out-of-place form (x = x * 2 for x.mul_(2), F.relu(x) for inplace=True) in the loss or the module{_LINE}",
     "torch.compile": "a compiled function has no second derivative: give the loss the uncompiled function or module (a "
     "compiled `params` module is unwrapped by itself, one that the loss calls from outside is not)",
     "once_differentiable": "a custom autograd.Function is marked once_differentiable: write its backward with "
     "differentiable operations, or remove the mark",
     "is not implemented": "this operation has no second derivative in torch: replace it in the inner loss by "
-    "operations that have one",
+    f"operations that have one{_LINE}",
     "cudnn": "cuDNN's recurrent networks have no second derivative: wrap the loss in "
     "torch.backends.cudnn.flags(enabled=False)",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -98,6 +99,21 @@ def test_reentrant_checkpoint_names_the_flag() -> None:
     problem = problem_of(recomputed, torch.eye(4, dtype=torch.float64))
     with pytest.raises(bilevel.NotTwiceDifferentiableError, match="use_reentrant=False"):
         hypergradient(problem)
+
+
+def test_the_line_of_an_operation_without_a_second_derivative_can_be_had() -> None:
+    def loss(p: Tensor, x: Tensor) -> Any:
+        lengths = torch.tensor([4]), torch.tensor([2])
+        return F.ctc_loss((x[:4] @ p).log_softmax(-1)[:, None], torch.tensor([[1, 2]]), *lengths)  # this line
+
+    problem = problem_of(loss, torch.eye(4, dtype=torch.float64))
+    with pytest.raises(bilevel.NotTwiceDifferentiableError, match=r"set_detect_anomaly.*penalty.*_ctc_loss_backward"):
+        hypergradient(problem)
+    with warnings.catch_warnings(record=True) as told, pytest.raises(bilevel.NotTwiceDifferentiableError):
+        warnings.simplefilter("always")
+        with torch.autograd.set_detect_anomaly(True):
+            hypergradient(problem)
+    assert any("# this line" in str(warning.message) for warning in told)
 
 
 @pytest.mark.parametrize("where", ["inner_loss", "outer_loss"])
