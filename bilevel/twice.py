@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel.errors import NotTwiceDifferentiableError
 
 # Beginnings or parts of torch's messages, and what to write instead. The text of the message names the operation.
-_LINE = "; inside torch.autograd.set_detect_anomaly(True) torch prints the line of the module or loss that calls it"
+_LINE = " (inside torch.autograd.set_detect_anomaly(True) torch prints the line that calls it)"
 _CURES = {
     "use_reentrant": "activation checkpointing must be non-reentrant: write checkpoint(..., use_reentrant=False)",
     "modified by an inplace operation": "an operation in place overwrote a value that a derivative needs: write the "
