@@ -11,7 +11,8 @@ The rules, the first that applies:
 4. The inner loop has differentiable steps whose graphs fit into half of the free memory: `unroll`. It is the gradient
    of what the loop computes, converged or not.
 5. Else the implicit function theorem: `direct` up to 64 inner variables, and up to 2,000 where conjugate gradients
-   would take as many products as there are inner variables; else `cg`. On minibatches the mean of 4 draws.
+   would take as many products as there are inner variables; else `implicit`, which begins with conjugate gradients and factors the
+   Hessian once they have become dear, or `cg` where the matrix would not fit. On minibatches the mean of 4 draws.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bilevel.solvers.about import About, Terms
 from bilevel.solvers.averaged import Averaged
 from bilevel.solvers.base import Estimator, Response, State
 from bilevel.solvers.finite_difference import FiniteDifference
-from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
+from bilevel.solvers.implicit import DENSE_UP_TO, FACTOR_UP_TO, Implicit
 from bilevel.solvers.linear import CG, Cholesky
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.soba import SOBA
@@ -180,9 +181,11 @@ def _implicit(facts: Facts) -> Choice:
     n, steps = facts.inner, _steps(facts)
     few, matrix = n <= DENSE_UP_TO, n * n * facts.number_bytes
     dense = few or (n <= DENSE_AT_MOST and steps is not None and steps >= n and matrix <= facts.budget)
-    method = Implicit(Cholesky() if dense else CG())
-    name, products = ("direct", n) if dense else ("cg", steps)
-    why, also = f"{n:,} inner variables, too many for a dense Hessian", ""
+    may_factor = facts.fixed and n <= FACTOR_UP_TO and matrix <= facts.budget
+    iterative = (Implicit(), "implicit") if may_factor else (Implicit(CG()), "cg")
+    method, name = (Implicit(Cholesky()), "direct") if dense else iterative
+    products = n if dense else steps
+    why, also = f"{n:,} inner variables, too many for a dense Hessian" + " at once" * may_factor, ""
     if dense:
         why = f"{n:,} inner variables, " + (
             "few enough for a dense Hessian" if few else "for which conjugate gradients would take more products"

@@ -43,6 +43,7 @@ RATES: Any = {"hidden": ("hparams['lr']",)}
         (replace(LARGE, trains=False, fixed=False), "soba", "the method moves the inner variables itself"),
         (replace(LARGE, trains=False, fixed=False, twice="fused attention"), "finite-difference", "fused attention"),
         (HARD, "direct", "conjugate gradients would take more products"),
+        (replace(HARD, condition=4.0), "implicit", "too many for a dense Hessian at once"),
         (replace(HARD, inner=5000), "cg", "too many for a dense Hessian"),
         (replace(HARD, free_bytes=500_000), "cg", "too many for a dense Hessian"),
     ],
