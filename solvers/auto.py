@@ -11,8 +11,9 @@ The rules, the first that applies:
 4. The inner loop has differentiable steps whose graphs fit into half of the free memory: `unroll`. It is the gradient
    of what the loop computes, converged or not.
 5. Else the implicit function theorem: `direct` up to 64 inner variables, and up to 2,000 where conjugate gradients
-   would take as many products as there are inner variables; else `implicit`, which begins with conjugate gradients and factors the
-   Hessian once they have become dear, or `cg` where the matrix would not fit. On minibatches the mean of 4 draws.
+   would take as many products as there are inner variables; else `implicit`, which begins with conjugate gradients and
+   factors the Hessian once they have become dear, or `cg` where the matrix would not fit. On minibatches the mean of 4
+   draws of one of `direct` and `cg`.
 """
 
 from __future__ import annotations
