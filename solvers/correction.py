@@ -26,7 +26,7 @@ from bilevel.solvers.linear.cholesky import solve_with
 from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.vector import Vector, axpy, detach, norm, subtract, unflatten, zeros_like
 
-LOOSE = 0.3  # what a solve may leave, relative to its answer
+LOOSE = 0.03  # what a solve may leave, relative to its answer
 # Products of a solve: the smallest curvature takes a few to be seen; half of what the hypergradient took is allowed.
 FEWEST, MOST = 8, 30
 CLEAR = 1e-5  # a bound below this settles it: a hundredth of the error that "exact" allows
@@ -210,8 +210,8 @@ class _Given:
         found = solve(residual, scale, lambda bound: SENSITIVITY * ratio(bound(residual), far) <= CLEAR)
         if _any(found.value) or not _any(residual) or not 0.0 < found.curvature < math.inf:
             return found, 0.0
-        change = ratio(self._change_within(1.0 / found.curvature), self.size(self.gradient))
-        if change > MEASURED:
+        change = self._change_within(1.0 / found.curvature)
+        if ratio(change, self.size(self.gradient)) > MEASURED:
             found = solve(residual, scale, lambda bound: False)
         return found, 0.0 if _any(found.value) else change
 
@@ -286,7 +286,7 @@ def correct(
     changed, moved = ratio(float(norm(subtract(gradient, better))), size), ratio(float(norm(step.value)), far)
     beyond = ratio(step.missing(step.left), far)
     sensitivity = max(SENSITIVITY, ratio(changed, moved)) if moves else SENSITIVITY
-    error = changed + ratio(change.missing(reach), size) + max(within, sensitivity * beyond)
+    error = changed + ratio(change.missing(reach), size) + max(ratio(within, size), sensitivity * beyond)
     return Correction(error, moved + SENSITIVITY * beyond) if math.isfinite(error) else None
 
 

@@ -131,6 +131,7 @@ class Differences:
         # Rounding eps / h and truncation h^2 balance at the cube root; they are then eps^(2/3) both.
         self._first, self._agreement = eps ** (1 / 3) * (float(norm(lower)) or 1.0), 100.0 * eps ** (2 / 3)
         self._product_step = step
+        self._elsewhere: dict[str, Tensor | None] | None = None  # the gradient onto λ where every entry of w has moved
         self.noise = 0.0
         gradient = self._by_lower(self._lower)
         if all(g is None for g in gradient.values()):
@@ -172,7 +173,10 @@ class Differences:
         return scale(size, quotient(self._product_step))
 
     def pull_back(self, v: Vector) -> dict[str, Tensor | None]:
-        """Return (∂R/∂λ)^T v; None for a hyperparameter whose part of the gradient no move of w changes."""
+        """Return (∂R/∂λ)^T v; None for a hyperparameter whose part of the gradient no move of w changes.
+
+        A move along v that changes nothing says no more than that the product is zero.
+        """
         size = float(norm(v))
         still = self._by_upper(self._lower)
         if size == 0.0:
@@ -186,7 +190,18 @@ class Differences:
             return scale(0.5 / h, subtract(plus, minus))
 
         found = self._limit(quotient) if self._step is None else quotient(self._step)
+        if idle and self._elsewhere is None:
+            self._elsewhere = self._by_upper(self._move_all())
+        idle.difference_update(n for n, t in present(self._elsewhere or {}).items() if not _same(t, still[n]))
         return {name: None if name in idle else size * t for name, t in found.items()}
+
+    def _move_all(self) -> Vector:
+        """Return inner variables nearby that differ in every entry."""
+        generator, h = torch.Generator().manual_seed(0), self._step or self._first
+        return {
+            n: t + h * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+            for n, t in self._lower.items()
+        }
 
     def _by_upper(self, lower: Vector) -> dict[str, Tensor | None]:
         h = leaves(self._upper)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bilevel.operators import LinearOperator
 from bilevel.solvers.base import Linearization, OuterGradient, Response, negative, outer_gradient, ratio
-from bilevel.solvers.correction import FEWEST, LOOSE, MOST, Bound, Correction, Equation, Solved, correct, loosely
+from bilevel.solvers.correction import FEWEST, MOST, Bound, Correction, Equation, Solved, correct, loosely
 from bilevel.solvers.linear.base import wide
 from bilevel.solvers.linear.gmres import cycle
 from bilevel.solvers.linear.lanczos import extreme_eigenvalues
@@ -31,6 +31,7 @@ UNSEEN = (
     "neither loss nor the inner step uses it. Take it out of `hparams`, or use it in a loss or in a setting of the "
     'inner solver; a learning rate of a converged inner problem needs method="unroll"'
 )
+LOOSE = 0.3  # of what a solve by GMRES may leave, relative to its answer: its bound is far from sharp
 
 
 class StepMap(Protocol):

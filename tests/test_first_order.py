@@ -154,6 +154,28 @@ def test_an_inner_hessian_that_is_a_multiple_of_the_identity_is_exact() -> None:
     assert found.certificate.verdict == "exact"
 
 
+@pytest.mark.parametrize("method", ["finite-difference", "sama"])
+@pytest.mark.parametrize("last", [0.3, 0.0])
+def test_what_only_the_inverse_reaches_is_untrusted(method: str, last: float) -> None:
+    """λ bends w0 and f sees w1: the identity's gradient is zero; so is sama's adjoint if the last learning rate is."""
+    H = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
+
+    def problem(*names: str) -> bilevel.BilevelProblem:
+        return bilevel.BilevelProblem(
+            lambda w, h: w @ (H @ w) / 2 - w.sum() + h["bends"] * w[0] ** 2 / 2,
+            lambda w, h: (w[1] - 0.3) ** 2,
+            params=torch.zeros(2, dtype=torch.float64),
+            hparams={name: bilevel.positive(1.0) for name in names},
+            inner_solver=inner.SGD(lr=lambda h, t: 0.3 if t < 199 else last, steps=200),
+        )
+
+    found = hypergradient(problem("bends"), method, on_untrusted="ignore")
+    assert float(found.gradient["bends"]) == 0.0
+    assert found.certificate.error == pytest.approx(1.0) and not found.certificate.trusted
+    with pytest.raises(bilevel.UnseenHyperparameterError, match="unused"):
+        hypergradient(problem("bends", "unused"), method)
+
+
 def test_a_penalty_with_kinks_is_refused() -> None:
     lasso = bilevel.BilevelProblem(
         lambda w, h: ((w - 1.0) ** 2).sum(),
