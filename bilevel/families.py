@@ -25,17 +25,19 @@ from bilevel.solvers.linear.base import check_count
 from bilevel.variables import variables
 
 
-def over(problem: BilevelProblem, n: int) -> BilevelProblem:
+def over(problem: BilevelProblem, n: int, starts: Any = None) -> BilevelProblem:
     """Return n inner problems like this one, which share its hyperparameters, as one problem.
 
-    Every tensor of the inner variables gets a leading dimension n, each member begins where the problem does, and both
-    losses are called by `torch.func.vmap`, each member with its own variables and its own slice of the data. So they
-    must not look at numbers (`.item()`, `if loss > 1`). The inner loss is the sum over members, the outer one the mean.
+    Every tensor of the inner variables gets a leading dimension n, and both losses are called by `torch.func.vmap`,
+    each member with its own variables and its own slice of the data. So they must not look at numbers (`.item()`,
+    `if loss > 1`). The inner loss is the sum over members, the outer one the mean.
 
     Args:
         problem: one member. Its `inner_data` and `outer_data`, where given, hold all members: every tensor of a batch
             has a leading dimension n. What members share, losses close over.
         n: number of members.
+        starts: where each member begins, stacked: in the structure of `params`, for a module a dict by its names. None:
+            all begin where the problem does.
 
     Returns:
         A problem whose inner variables are `params` stacked, in their structure; for a module, a dict by its names.
@@ -61,8 +63,13 @@ def over(problem: BilevelProblem, n: int) -> BilevelProblem:
     family = copy.copy(problem)
     family.members = n
     stacked = {name: t.expand(n, *t.shape).clone() for name, t in problem.params.start.items()}
-    module = isinstance(problem.params, ModuleVariables)
-    family.params = variables(stacked if module else problem.params.shaped(stacked), problem.params.role)
+    if starts is None:
+        module = isinstance(problem.params, ModuleVariables)
+        starts = stacked if module else problem.params.shaped(stacked)
+    family.params = variables(starts, problem.params.role)
+    wanted, given = ({name: tuple(t.shape) for name, t in v.items()} for v in (stacked, family.params.start))
+    if wanted != given:
+        raise InvalidValueError(f"`starts` holds tensors of shapes {given}, expected a slice for each member: {wanted}")
     family.inner_batches, family.outer_batches = problem.inner_batches.twin(), problem.outer_batches.twin()
     family.pinned_batches = family.inner_batches.twin()
     family.inner_loss = _members(problem, problem.inner_loss, family.inner_batches, "inner", n, torch.sum)

@@ -45,6 +45,8 @@ class LinearOperator:
         pairs: for a Hessian: what L-BFGS saw of it in training.
         kept: what a linear solver wants to have again, from its last solve with an operator like this one
             (`LinearSolution.kept`).
+        members: A is block diagonal, with a block for each of so many members of a family, which every tensor has a
+            leading dimension for; None: no family.
         factor: lower triangular, `(size, size)`: the Cholesky factor of an operator like this one.
 
     >>> import torch
@@ -61,6 +63,7 @@ class LinearOperator:
     second_moment: Vector | None = None
     pairs: Pairs | None = None
     kept: Any = None
+    members: int | None = None
     factor: Tensor | None = None
 
     def __call__(self, v: Vector) -> Vector:

@@ -35,7 +35,7 @@ class ProblemResponse(Stepping):
     Attributes:
         cost: gradients and products spent so far.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
-        gradient_floor, held, stochastic, second_moment, pairs, factor: see `Response`.
+        gradient_floor, held, stochastic, second_moment, pairs, factor, members: see `Response`.
         penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -70,6 +70,7 @@ class ProblemResponse(Stepping):
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
         self.factor: Tensor | None = None
+        self.members = problem.members
         self.sensitivity: Callable[[Vector, Vector], Vector] | None = None
         self._set_up = self._first_order = False
         self._recurrent = self.params.has_recurrent_layers_on_gpu()

@@ -37,12 +37,11 @@ class RootCondition(Protocol):
     """What the inner L-BFGS saw of the Hessian on its way; None for other inner solvers, and where it took no step."""
     factor: Tensor | None
     """The Cholesky factor of a Hessian nearby, `(size, size)`, which solvers precondition with; None: not known."""
+    members: int | None
+    """How many members a family has, to each of which a block of dR/dw belongs; None: no family."""
 
     def at(self, lower: Vector, upper: Vector) -> AbstractContextManager[Any]:
-        """Put these tensors into the user's modules while a graph is pulled back.
-
-        Activation checkpointing runs parts of the module again then, and must find the tensors of the forward pass.
-        """
+        """Put these tensors into the user's modules while a graph is pulled back, for activation checkpointing."""
         ...
 
     def residual(self, lower: Vector, upper: Vector) -> Vector:
@@ -241,6 +240,7 @@ class Linearization:
             second_moment=response.second_moment,
             pairs=response.pairs,
             factor=response.factor,
+            members=response.members,
         )
 
     def _product(self, v: Vector) -> Vector:

@@ -114,6 +114,55 @@ def test_folds_are_those_of_scikit_learn() -> None:
     assert found.outer_loss == pytest.approx(-scores.mean(), rel=1e-8)
 
 
+def quadratics(scales: list[float], size: int = 90) -> BilevelProblem:
+    """Members w·A_i w / 2 - h b·w with A_i = scale_i times a matrix of condition 100, but the identity for scale 1."""
+    values = torch.linspace(1.0, 100.0, size, dtype=D)
+    matrices = torch.stack([torch.ones(size, dtype=D) if s == 1.0 else s * values for s in scales])
+    return BilevelProblem(
+        lambda w, h, a: (a * w**2).sum() / 2 - h * w.sum(),
+        lambda w, h, a: ((w - 1.0) ** 2).sum(),
+        torch.zeros(size, dtype=D),
+        positive(0.5),
+        inner_data=matrices,
+        outer_data=matrices,
+    )
+
+
+def test_conjugate_gradients_stop_for_each_member() -> None:
+    problem = quadratics([1.0, 1e-3, 1e3, 30.0])
+    params = torch.stack([0.5 / a for a in problem.inner_data])
+    found = bilevel.hypergradient(bilevel.over(problem, 4), "cg", params=params)
+    truth = sum(float((2 * (0.5 / a - 1.0) / a).sum()) for a in problem.inner_data) / 4
+    assert found.gradient.item() == pytest.approx(truth, rel=1e-8)
+    alone = []
+    for a, w in zip(problem.inner_data, params, strict=True):
+        one = BilevelProblem(
+            problem.inner_loss, problem.outer_loss, torch.zeros(90, dtype=D), positive(0.5), inner_data=a, outer_data=a
+        )
+        alone.append(bilevel.hypergradient(one, "cg", params=w).cost.products)
+    assert found.cost.products <= max(alone) + 1, "the hardest member decides, not the spectrum of all"
+    assert found.certificate.curvature == pytest.approx(1e-3, rel=0.02)
+
+
+def test_an_indefinite_member_is_found() -> None:
+    problem = quadratics([2.0, 3.0])
+    problem.inner_data[1, 0] = -1.0
+    params = torch.stack([0.5 / a for a in problem.inner_data])
+    found = bilevel.hypergradient(bilevel.over(problem, 2), "cg", params=params, on_untrusted="ignore")
+    assert found.certificate.verdict == "untrusted"
+
+
+def test_members_may_begin_elsewhere() -> None:
+    problem = one(TRAIN, VALID, inner.SGD(lr=0.05, steps=3))
+    starts = {name: torch.randn(N, *t.shape, dtype=D) for name, t in problem.params.start.items()}
+    family = bilevel.hypergradient(bilevel.over(problem, N, starts), "unroll")
+    member = one(tuple(t[1] for t in TRAIN), tuple(t[1] for t in VALID), inner.SGD(lr=0.05, steps=3))
+    alone = bilevel.hypergradient(member, "unroll", params={name: t[1] for name, t in starts.items()})
+    assert torch.allclose(family.params["w"][1], alone.params["w"], atol=1e-12)
+    with pytest.raises(InvalidValueError, match="`starts` holds tensors of shapes"):
+        bilevel.over(problem, N, {name: t[:2] for name, t in starts.items()})
+
+
 def test_what_is_no_family_is_refused() -> None:
     problem = one(TRAIN, VALID)
     with pytest.raises(InvalidValueError, match="`n` is 0"):

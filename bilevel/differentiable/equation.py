@@ -43,6 +43,7 @@ class AdjointCondition:
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
         self.factor: Tensor | None = None
+        self.members: int | None = None
 
     @staticmethod
     def upper(rhs: Vector, lower: Vector, upper: Vector) -> Vector:

@@ -35,6 +35,7 @@ from bilevel.solvers.linear.base import (
 )
 from bilevel.solvers.linear.cholesky import by_factor
 from bilevel.solvers.linear.diagonal import badly_scaled, by_diagonal, by_second_moment
+from bilevel.solvers.linear.family import solve_members
 from bilevel.solvers.linear.lanczos import smallest_ritz
 from bilevel.solvers.linear.nystrom import Nystrom
 from bilevel.solvers.linear.secant import precondition as by_pairs
@@ -112,6 +113,10 @@ class CG:
         """Solve A x = rhs. Raises for an operator that is not symmetric."""
         if not operator.symmetric:
             raise InvalidValueError('CG needs a symmetric operator and this one is not; use method="gmres" or "direct"')
+        if operator.members is not None and operator.factor is None and self.preconditioner in (None, "auto"):
+            limit = self.max_steps or min(10 * operator.size // operator.members, 10_000)
+            rtol = default_rtol(self.rtol, dtype_of(rhs))
+            return solve_members(operator, rhs, start, operator.members, rtol, limit)
         b = wide(rhs)
         threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
         limit = self.max_steps or min(10 * operator.size, 10_000)
