@@ -330,10 +330,10 @@ def test_three_levels_of_argmin_alone() -> None:
         (v,) = torch.autograd.grad(v, u, create_graph=True)
 
 
-def test_a_nested_loss_stays_accurate_over_hundreds_of_values() -> None:
+def test_a_nested_loss_stays_accurate_over_many_values() -> None:
     _, _, (solve, dense) = ridge()
     worst = 0.0
-    for _ in range(200):
+    for _ in range(40):
         v = (2.0 * torch.randn(3, **D)).requires_grad_()
         found, truth = (torch.autograd.grad(f(v).sum(), v)[0] for f in (solve, dense))
         worst = max(worst, float((found - truth).norm() / truth.norm()))

@@ -159,10 +159,8 @@ def test_each_method_reaches_its_bar(known: KnownProblem, row: tuple[Estimator, 
 @pytest.mark.parametrize("row", BARS.values(), ids=BARS)
 def test_each_method_passes_the_public_check(row: tuple[Estimator, float]) -> None:
     method, bar = row
-    # Whole loops for each difference: a few hyperparameters are enough here; the table above has all problems.
     few = [p for p in known_problems() if p.name in ("per-feature ridge", "logistic regression", "linear module")]
-    dear = isinstance(method, ZeroOrder | Penalty)
-    check_estimator(method, tolerance=bar, problems=few if dear else None)
+    check_estimator(method, tolerance=bar, problems=few)  # the table above has all problems
 
 
 @every_problem
