@@ -149,6 +149,8 @@ def table(found: Sequence[Verdict], by: Literal["method", "case"]) -> str:
     keys = METHODS if by == "method" else dict.fromkeys(v.case for v in sorted(found, key=lambda v: not v.healthy))
     for key in [*keys, "all"]:
         mine = [v for v in found if key in ("all", getattr(v, by))]
+        if not mine:
+            continue
         count = Counter((v.healthy, v.outcome) for v in mine)
         healthy = sum(v.healthy for v in mine)
         wrongly = sum(v.healthy and v.outcome == "flagged" and v.fine for v in mine)
