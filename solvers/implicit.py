@@ -44,6 +44,8 @@ DENSE_UP_TO = 64
 # A factor of so many unknowns takes 32 MB, and some tenths of a second. It costs as many products as it has rows, which
 # taken together cost half of what they do one by one.
 FACTOR_UP_TO, SHARE = 2048, 2
+# Inner gradient relative to its scale: hypergradients that far apart may agree by chance. One of 2,000 scalar ones did.
+UNTRAINED = 0.1
 NEAR_ROUNDING = 30.0  # units in the last place of the largest curvature, below which one may as well be zero
 
 _PICKED = Terms(
@@ -261,6 +263,12 @@ def _correct(
     return correct(lower, upper, gradient, solution.value, here, there, response, solve)
 
 
+_UNTRAINED = (
+    "the inner gradient is {:.1e} of what it was at the start, too far from an inner solution for any estimate: train "
+    'the inner problem further, or differentiate the loop itself (method="unroll")'
+)
+
+
 def _certify(
     system: System,
     solution: LinearSolution,
@@ -276,6 +284,8 @@ def _certify(
     wrong = []
     if solution.status in FATAL or not (curvature > 0.0 or solution.relative == 0.0):
         wrong.append(EXPLANATIONS.get(solution.status) or EXPLANATIONS["nonpositive curvature"])
+    if inner > UNTRAINED:
+        wrong.append(_UNTRAINED.format(inner) + _ON_ONE_BATCH * stochastic)
     advice = advice or (
         "a smaller `rtol` or more `max_steps` of the linear solver); "
         f"{EXPLANATIONS[solution.status] or 'the linear solver converged'}"

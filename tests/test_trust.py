@@ -73,6 +73,16 @@ def test_nothing_is_silently_wrong() -> None:
     assert count["flagged"] > 30
 
 
+def test_far_from_an_inner_solution_nothing_is_trusted() -> None:
+    # dF/dh is 1 wherever w is, so that two hypergradients agree; in general that is chance.
+    problem = BilevelProblem(
+        lambda w, h: ((w - h) ** 2).sum() / 2, lambda w, h: w.sum(), torch.zeros(1, dtype=D), bilevel.positive(1.0)
+    )
+    far = bilevel.hypergradient(problem, params=torch.full((1,), 3.0, dtype=D), on_untrusted="ignore")
+    assert far.certificate.verdict == "untrusted" and "train the inner problem further" in str(far.certificate)
+    assert bilevel.hypergradient(problem, params=torch.ones(1, dtype=D)).certificate.verdict == "exact"
+
+
 def test_a_seed_names_its_case() -> None:
     a, b = draw_case(5), draw_case(5)
     assert (a.name, len(a.runs)) == (b.name, len(b.runs))
