@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from bilevel.certificate import Hypergradient
+from bilevel.culprit import module_at_fault
 from bilevel.errors import (
     InvalidTypeError,
     InvalidValueError,
+    NotTwiceDifferentiableError,
     UntrustedHypergradientError,
     UntrustedHypergradientWarning,
     meant,
@@ -81,11 +83,17 @@ class Evaluator:
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
         response.factor = self.factor
         lower, steps, status = self._inner(response, upper, given)
-        with response.session(about(self.estimator).derivatives):
-            found, self.state = self.estimator(response, lower, upper, self.state)
-            found = self._doubt_buffers(response, found, upper)
-            if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
-                found = doubt_kinks(response, found, upper, status)
+        try:
+            with response.session(about(self.estimator).derivatives):
+                found, self.state = self.estimator(response, lower, upper, self.state)
+                found = self._doubt_buffers(response, found, upper)
+                if not about(self.estimator).unrolls:  # which differentiates its loop, solution or not
+                    found = doubt_kinks(response, found, upper, status)
+        except NotTwiceDifferentiableError as error:
+            where = module_at_fault(lambda: response.at(lower, upper), lambda: response.inner(lower, upper))
+            if where is None:
+                raise
+            raise NotTwiceDifferentiableError(f"{error}; it happens in {where}") from error
         self.lower, self.factor = found.params, response.factor
         idle = idle_solver(self.inner_solver or self.problem.inner_solver, self.estimator)
         notes = (*self.notes, *([f"inner_solver={idle}"] if idle and given is None else []))

@@ -34,6 +34,7 @@ FLOORS = {
     "bilevel.randomness": 1,
     "bilevel.sparse": 1,
     "bilevel.twice": 1,
+    "bilevel.culprit": 1,
     "bilevel.losses": 1,
     "bilevel.measure": 1,
     "bilevel.memory": 1,

@@ -101,6 +101,48 @@ def test_reentrant_checkpoint_names_the_flag() -> None:
         hypergradient(problem)
 
 
+class Stepped(torch.autograd.Function):
+    """x^2 whose backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        grown: Tensor = 2 * g * ctx.saved_tensors[0]
+        return grown
+
+
+class Lengths(torch.nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        sizes = torch.tensor([len(x)]), torch.tensor([2])
+        return F.ctc_loss(x.log_softmax(-1)[:, None], torch.tensor([[1, 2]]), *sizes)
+
+
+class Squared(torch.nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return Stepped.apply(x)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("part", "name"), [(Lengths(), "2 (Lengths)"), (Squared(), "2 (Squared)")])
+def test_the_module_without_a_second_derivative_is_named(part: torch.nn.Module, name: str) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), part).double()
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = bilevel.BilevelProblem(
+        lambda m, h: m(x).sum() + h * (m[0].weight ** 2).sum(),
+        lambda m, h: (m[0].weight ** 2).sum(),
+        net,
+        bilevel.positive(0.1),
+        bilevel.inner.SGD(lr=0.01, steps=2),
+    )
+    with pytest.raises(bilevel.NotTwiceDifferentiableError) as raised:
+        hypergradient(problem)
+    assert name in str(raised.value)
+
+
 def test_the_line_of_an_operation_without_a_second_derivative_can_be_had() -> None:
     def loss(p: Tensor, x: Tensor) -> Any:
         lengths = torch.tensor([4]), torch.tensor([2])
