@@ -145,7 +145,7 @@ def test_a_fit_gets_the_data_where_there_are_some() -> None:
 
 
 def test_a_fit_that_ends_early_is_untrusted() -> None:
-    with pytest.warns(bilevel.UntrustedHypergradientWarning, match="inner residual"):
+    with pytest.warns(bilevel.UntrustedHypergradientWarning, match="train the inner problem further"):
         found = bilevel.hypergradient(tensor_problem(lambda w, h: 0.9 * minimizer(h)))
     assert found.certificate.verdict == "untrusted"
 
