@@ -55,7 +55,9 @@ def _fresh(x: Any) -> Any:
 
 
 def _fails(part: nn.Module, given: Any) -> bool:
-    args, kwargs = given
+    # Copies go in: a module may write into its input, which torch forbids for what derivatives are taken of.
+    copies: Any = optree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, given)
+    args, kwargs = copies
     sources = [x for x in [*optree.tree_leaves(given), *part.parameters()] if _has_gradient(x)]
     try:
         with torch.enable_grad():

@@ -94,7 +94,7 @@ class Implicit:
         if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
             return found, adjoint
         again, wide = in_float64(self, default_solver, response, lower, upper, (found, adjoint), seen)
-        return again, {**wide, "value": cast(wide["value"], torch.float32), "spent": adjoint["spent"] + wide["spent"]}
+        return again, {**wide, "value": cast(wide["value"], torch.float32)}
 
 
 _TURNED = "{} met nonpositive curvature; MINRES solved the same system"

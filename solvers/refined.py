@@ -95,6 +95,7 @@ def in_float64(
         # The adjoint is near; what float32 took for curvature may be rounding.
         warm = {**first[1], "value": cast(first[1]["value"], torch.float64), "steps": 0}
         again, state = estimate(wide, w, h, warm)
+        response.factor = wide.factor
     except Exception as error:  # noqa: BLE001  the user's functions, written for float32, may fail in any way
         reason = _FAILED.format(type(error).__name__, str(error).partition("\n")[0])
         reasons = (*first[0].certificate.reasons, reason)

@@ -129,7 +129,7 @@ class Squared(torch.nn.Module):
 
 @pytest.mark.parametrize(("part", "name"), [(Lengths(), "2 (Lengths)"), (Squared(), "2 (Squared)")])
 def test_the_module_without_a_second_derivative_is_named(part: torch.nn.Module, name: str) -> None:
-    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), part).double()
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), part).double()
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = bilevel.BilevelProblem(
         lambda m, h: m(x).sum() + h * (m[0].weight ** 2).sum(),
