@@ -88,6 +88,8 @@ def _plot(curves: dict[str, Any], settings: Settings) -> None:
         power = 0.5 if condition else 0.0 if name == "hyperparameters" else 1.0
         axis.loglog(sizes, [figures[-1] * (x / sizes[-1]) ** power for x in sizes], ":", color="gray")
         axis.set(xlabel=name, ylabel="products" if condition else "seconds")
+        if max(figures) < 10 * min(figures):  # a flat line shall look flat
+            axis.set_ylim(min(figures) / 5, max(figures) * 5)
         axis.set_title(f"dotted: power {power:g}", fontsize="small")
     assert settings.images is not None
     settings.images.mkdir(parents=True, exist_ok=True)

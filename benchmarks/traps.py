@@ -359,7 +359,7 @@ def _learning_rate(dice: Dice) -> Case:
     return Case("learning rate", False, [*runs, Run("fixed-point", estimator("fixed-point"), problem, at_end)])
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """A square whose second derivative is missing."""
 
     @staticmethod
@@ -377,7 +377,7 @@ class _Once(torch.autograd.Function):
 def _once(dice: Dice) -> Case:
     drawn = draw(dice, family="ridge", sizes=(4, 20), condition=(1, 100))
     known = dataclasses.replace(
-        drawn.known, inner_loss=lambda w, h: drawn.known.inner_loss(w, h) + 0.1 * _Once.apply(w).sum()
+        drawn.known, inner_loss=lambda w, h: drawn.known.inner_loss(w, h) + 0.1 * Once.apply(w).sum()
     )
     loop = inner.SGD(lr=0.1 / drawn.known.truth.curvature[1], steps=20)
     runs = _all(known, NO_TRUTH)

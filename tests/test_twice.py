@@ -101,21 +101,6 @@ def test_reentrant_checkpoint_names_the_flag() -> None:
         hypergradient(problem)
 
 
-class Stepped(torch.autograd.Function):
-    """x^2 whose backward cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        grown: Tensor = 2 * g * ctx.saved_tensors[0]
-        return grown
-
-
 class Lengths(torch.nn.Module):
     def forward(self, x: Tensor) -> Any:
         sizes = torch.tensor([len(x)]), torch.tensor([2])
@@ -124,7 +109,7 @@ class Lengths(torch.nn.Module):
 
 class Squared(torch.nn.Module):
     def forward(self, x: Tensor) -> Any:
-        return Stepped.apply(x)  # type: ignore[no-untyped-call]
+        return square(x)
 
 
 @pytest.mark.parametrize(("part", "name"), [(Lengths(), "2 (Lengths)"), (Squared(), "2 (Squared)")])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
+from benchmarks.traps import Once
 from bilevel import BOME, PBGD, BilevelProblem, Hypergradient, InvalidValueError, Penalty
 from bilevel.evaluation import Evaluator
 from bilevel.testing import KnownProblem, known_problems, relative_error
@@ -232,18 +233,6 @@ def test_given_params_are_not_moved(name: str) -> None:
 
 def test_first_derivatives_are_enough() -> None:
     X = torch.eye(3, 2, dtype=torch.float64)
-
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return 2.0 * ctx.saved_tensors[0] * g  # type: ignore[no-any-return]
-
     of = BilevelProblem(
         lambda w, h: Once.apply(X @ w - 1.0).sum() / 2 + h * (w**2).sum() / 2,  # type: ignore[no-untyped-call]
         lambda w, h: ((w - T) ** 2).sum() / 2,
