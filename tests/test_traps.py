@@ -1,4 +1,4 @@
-"""Traps that need a problem of their own; the others are in test_trust, test_twice and test_inner."""
+"""Traps that need a problem of their own; the others are in test_trust_*, test_twice and test_inner."""
 
 from __future__ import annotations
 
