@@ -12,6 +12,7 @@ from bilevel import SABA, SOBA, AmIGO, BilevelProblem, Hypergradient, InvalidVal
 from bilevel.evaluation import Evaluator
 from bilevel.solvers.single_loop import Kept
 from bilevel.testing import relative_error
+from problems import kinked
 from problems_single_loop import BATCH, METHODS, TRUTH, D, N, W, found, problem
 
 # Trust
@@ -116,13 +117,7 @@ def test_losses_that_are_no_means_over_examples_are_refused() -> None:
 
 
 def test_kinks_of_the_inner_solver_are_refused_and_the_dry_run_says_so() -> None:
-    of = BilevelProblem(
-        lambda w, h: ((w - 1.0) ** 2).sum(),
-        lambda w, h: (w**2).sum(),
-        torch.zeros(2, dtype=torch.float64),
-        bilevel.positive(0.1),
-        inner_solver=bilevel.inner.Proximal(bilevel.prox.L1(lambda h: h)),
-    )
+    of = kinked()
     with pytest.raises(InvalidValueError, match="kinks"):
         found(of, "soba")
     assert any("kinks" in finding.message for finding in bilevel.check(of, "soba").findings)

@@ -16,9 +16,8 @@ from benchmarks.traps import Once
 from bilevel import BOME, PBGD, BilevelProblem, Hypergradient, InvalidValueError, Penalty
 from bilevel.evaluation import Evaluator
 from bilevel.testing import KnownProblem, known_problems, relative_error
+from problems import every_problem, kinked
 
-PROBLEMS = {known.name: known for known in known_problems()}
-every_problem = pytest.mark.parametrize("known", PROBLEMS.values(), ids=PROBLEMS)
 METHODS: dict[str, Any] = {"pbgd": PBGD, "bome": BOME}
 
 B, T = torch.tensor([2.0, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.2], dtype=torch.float64)
@@ -269,12 +268,5 @@ def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
 
 
 def test_kinks_are_refused() -> None:
-    of = BilevelProblem(
-        lambda w, h: ((w - 1.0) ** 2).sum(),
-        lambda w, h: (w**2).sum(),
-        torch.zeros(2, dtype=torch.float64),
-        bilevel.positive(0.1),
-        inner_solver=bilevel.inner.Proximal(bilevel.prox.L1(lambda h: h)),
-    )
     with pytest.raises(InvalidValueError, match="kinks"):
-        found(of, PBGD())
+        found(kinked(), PBGD())
