@@ -1,4 +1,4 @@
-"""Inner solvers: torch.optim's update rules, L-BFGS at its tolerance, and the user's own loops."""
+"""Inner solvers: torch.optim's update rules, minibatches, and decay outside of the loss."""
 
 from __future__ import annotations
 
@@ -262,61 +262,6 @@ def test_epochs_need_data_with_a_length() -> None:
         bilevel.hypergradient(problem, "unroll")
 
 
-# L-BFGS
-
-
-def quadratic(scales: Tensor, solver: Any = None) -> bilevel.BilevelProblem:
-    n = len(scales)
-    generator = torch.Generator().manual_seed(2)
-    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    hessian = ((q * scales.double()) @ q.T).to(scales.dtype)
-    b = torch.randn(n, generator=generator, dtype=torch.float64).to(scales.dtype)
-    return bilevel.BilevelProblem(
-        lambda w, h: w @ hessian @ w / 2 - h * (b @ w),
-        lambda w, h: w.sum(),
-        torch.zeros(n, dtype=scales.dtype),
-        torch.ones((), dtype=scales.dtype),
-        inner_solver=solver,
-    )
-
-
-@pytest.mark.parametrize(
-    ("scales", "rtol"),
-    [
-        (torch.linspace(1, 10, 20, dtype=torch.float64), 1e-9),
-        (torch.logspace(0, 6, 20, dtype=torch.float64), 1e-9),
-        (1e-12 * torch.logspace(0, 3, 20, dtype=torch.float64), 1e-9),
-        (1e12 * torch.logspace(0, 3, 20, dtype=torch.float64), 1e-9),
-        (torch.linspace(1, 10, 20), 1e-5),
-        (torch.logspace(0, 3, 20), 1e-5),
-    ],
-    ids=["well", "ill", "tiny", "huge", "float32", "float32 ill"],
-)
-def test_lbfgs_reaches_its_tolerance(scales: Tensor, rtol: float) -> None:
-    found = bilevel.hypergradient(quadratic(scales), "direct", on_untrusted="ignore")
-    assert found.certificate.inner_residual is not None
-    assert found.certificate.inner_residual <= rtol
-    assert found.params.dtype == scales.dtype
-
-
-def test_lbfgs_takes_a_tighter_tolerance() -> None:
-    found = bilevel.hypergradient(quadratic(torch.logspace(0, 2, 20).double(), inner.LBFGS(rtol=1e-13)))
-    assert found.certificate.inner_residual is not None
-    assert found.certificate.inner_residual <= 1e-13
-
-
-def test_lbfgs_from_the_solution_stays() -> None:
-    problem = bilevel.BilevelProblem(
-        lambda w, h: ((w - h) ** 2).sum(),
-        lambda w, h: (w**2).sum(),
-        torch.full((3,), 2.0, dtype=torch.float64),
-        torch.tensor(2.0, dtype=torch.float64),
-    )
-    found = bilevel.hypergradient(problem)
-    assert torch.equal(found.params, torch.full((3,), 2.0, dtype=torch.float64))
-    assert found.gradient.item() == pytest.approx(12.0, abs=1e-10)
-
-
 def test_lbfgs_refuses_minibatches() -> None:
     problem = bilevel.BilevelProblem(
         squares,
@@ -328,6 +273,8 @@ def test_lbfgs_refuses_minibatches() -> None:
     with pytest.raises(bilevel.BilevelError, match=r"L-BFGS.*`inner_data`.*inner_solver=bilevel.inner.Adam"):
         bilevel.hypergradient(problem)
 
+
+# Decay outside of the loss
 
 DECAYS: list[Any] = [0.1, lambda h: h]
 
@@ -367,14 +314,3 @@ def test_a_decay_in_the_gradient_is_seen_by_the_fixed_point_of_the_step_alone(de
     found = bilevel.hypergradient(problem(0.0 if callable(decay) else 1.0), "fixed-point").gradient
     # w = 1 / (1 + h): d/dh w^2 / 2 = -(1 + h)^-3
     assert found.item() == pytest.approx(-(1.5**-3) if callable(decay) else 1.0, abs=1e-7)
-
-
-def test_lbfgs_on_a_loss_without_a_minimum_says_so() -> None:
-    problem = bilevel.BilevelProblem(
-        lambda w, h: -(w**4).sum() + h * (w**2).sum(),
-        lambda w, h: (w**2).sum(),
-        torch.ones(2, dtype=torch.float64),
-        bilevel.positive(0.1),
-    )
-    with pytest.raises(bilevel.NonFiniteError, match="the inner loss has no minimum"):
-        bilevel.hypergradient(problem)

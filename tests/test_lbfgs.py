@@ -1,0 +1,75 @@
+"""L-BFGS as the inner solver: at its tolerance, or it says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel import inner
+
+
+def quadratic(scales: Tensor, solver: Any = None) -> bilevel.BilevelProblem:
+    n = len(scales)
+    generator = torch.Generator().manual_seed(2)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    hessian = ((q * scales.double()) @ q.T).to(scales.dtype)
+    b = torch.randn(n, generator=generator, dtype=torch.float64).to(scales.dtype)
+    return bilevel.BilevelProblem(
+        lambda w, h: w @ hessian @ w / 2 - h * (b @ w),
+        lambda w, h: w.sum(),
+        torch.zeros(n, dtype=scales.dtype),
+        torch.ones((), dtype=scales.dtype),
+        inner_solver=solver,
+    )
+
+
+@pytest.mark.parametrize(
+    ("scales", "rtol"),
+    [
+        (torch.linspace(1, 10, 20, dtype=torch.float64), 1e-9),
+        (torch.logspace(0, 6, 20, dtype=torch.float64), 1e-9),
+        (1e-12 * torch.logspace(0, 3, 20, dtype=torch.float64), 1e-9),
+        (1e12 * torch.logspace(0, 3, 20, dtype=torch.float64), 1e-9),
+        (torch.linspace(1, 10, 20), 1e-5),
+        (torch.logspace(0, 3, 20), 1e-5),
+    ],
+    ids=["well", "ill", "tiny", "huge", "float32", "float32 ill"],
+)
+def test_lbfgs_reaches_its_tolerance(scales: Tensor, rtol: float) -> None:
+    found = bilevel.hypergradient(quadratic(scales), "direct", on_untrusted="ignore")
+    assert found.certificate.inner_residual is not None
+    assert found.certificate.inner_residual <= rtol
+    assert found.params.dtype == scales.dtype
+
+
+def test_lbfgs_takes_a_tighter_tolerance() -> None:
+    found = bilevel.hypergradient(quadratic(torch.logspace(0, 2, 20).double(), inner.LBFGS(rtol=1e-13)))
+    assert found.certificate.inner_residual is not None
+    assert found.certificate.inner_residual <= 1e-13
+
+
+def test_lbfgs_from_the_solution_stays() -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: ((w - h) ** 2).sum(),
+        lambda w, h: (w**2).sum(),
+        torch.full((3,), 2.0, dtype=torch.float64),
+        torch.tensor(2.0, dtype=torch.float64),
+    )
+    found = bilevel.hypergradient(problem)
+    assert torch.equal(found.params, torch.full((3,), 2.0, dtype=torch.float64))
+    assert found.gradient.item() == pytest.approx(12.0, abs=1e-10)
+
+
+def test_lbfgs_on_a_loss_without_a_minimum_says_so() -> None:
+    problem = bilevel.BilevelProblem(
+        lambda w, h: -(w**4).sum() + h * (w**2).sum(),
+        lambda w, h: (w**2).sum(),
+        torch.ones(2, dtype=torch.float64),
+        bilevel.positive(0.1),
+    )
+    with pytest.raises(bilevel.NonFiniteError, match="the inner loss has no minimum"):
+        bilevel.hypergradient(problem)
