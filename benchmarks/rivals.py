@@ -27,7 +27,8 @@ import optree
 import torch
 from torch import Tensor
 
-from benchmarks.traps import NO_TRUTH, Case, draw_case, error_of
+from benchmarks.cases import NO_TRUTH, Case, error_of
+from benchmarks.traps import draw_case
 from bilevel import hypergradient
 from bilevel.errors import BilevelError
 

@@ -28,7 +28,8 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.traps import NO_TRUTH, Case, Run, draw_case, error_of
+from benchmarks.cases import NO_TRUTH, Case, Run, error_of
+from benchmarks.traps import draw_case
 from bilevel import METHODS, hypergradient
 from bilevel.errors import BilevelError
 from bilevel.solvers import Estimator, about

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
+from benchmarks.cases import error_of
 from benchmarks.problems import Dice
-from benchmarks.traps import CASES, _noise_free, _resting_step, _separable, error_of
+from benchmarks.trap_problems import noise_free, separable
+from benchmarks.trap_training import resting_step
+from benchmarks.traps import CASES
 from bilevel import CG, BilevelProblem, Implicit, Neumann, hypergradient, positive
 from bilevel.errors import UntrustedHypergradientError, UntrustedHypergradientWarning
 from bilevel.modules import ModuleVariables
@@ -160,7 +163,7 @@ def test_on_untrusted_warns_raises_or_is_silent() -> None:
 @pytest.mark.parametrize("seed", [168, 523, 615, 1079])
 def test_a_series_far_from_the_inner_solution_is_no_approximation(seed: int) -> None:
     """Separable classes, 7 to 9 % from the solution: 63 to 86 % off, at estimates of 2 to 42 %."""
-    case = _separable(Dice(7_000_000 + seed))
+    case = separable(Dice(7_000_000 + seed))
     run = next(run for run in case.runs if run.method == "neumann")
     found = hypergradient(run.problem, "neumann", params=run.params, on_untrusted="ignore")
     assert error_of(found.gradient, run.truth) > 0.5
@@ -170,7 +173,7 @@ def test_a_series_far_from_the_inner_solution_is_no_approximation(seed: int) -> 
 @pytest.mark.parametrize(("seed", "method"), [(1574, "nystrom"), (2038, "shine"), (2913, "shine")])
 def test_an_approximation_that_float32_cannot_judge_is_untrusted(seed: int, method: str) -> None:
     """Found by the trust study: 50 to 81 % off, at estimates of 17 to 50 %."""
-    dice, newer = Dice(seed), (_noise_free, _resting_step)  # which the study did not draw then
+    dice, newer = Dice(seed), (noise_free, resting_step)  # which the study did not draw then
     build = dice.choice([case for case, times in CASES.items() if case not in newer for _ in range(times)])
     run = next(run for run in build(dice).runs if run.method == method)
     found = hypergradient(run.problem, method, on_untrusted="ignore")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import bilevel
-from benchmarks.traps import Once
+from benchmarks.trap_problems import Once
 from bilevel import BOME, PBGD, BilevelProblem, Hypergradient, InvalidValueError, Penalty
 from bilevel.evaluation import Evaluator
 from bilevel.testing import KnownProblem, known_problems, relative_error
