@@ -25,8 +25,8 @@ from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import OuterGradient, Response, State, add_terms, outer_gradient
 from bilevel.solvers.linear.base import check_count
-from bilevel.solvers.recorded import check_end, exact_for_the_loop, growth_of_tangents, halvings, largest, record
-from bilevel.vector import Vector, detach, leaves, size, unflatten
+from bilevel.solvers.recorded import check_end, exact_for_the_loop, growth_of_tangents, halvings, record
+from bilevel.vector import Vector, detach, largest, leaves, size, unflatten
 
 BLOCK = 32  # tangents that go through a step together: their intermediate results are held at once
 GRAPHS = 3  # a step's graph, its derivative's, and room

@@ -19,7 +19,7 @@ from bilevel.certificate import APPROXIMATE_BELOW, Certificate, judge
 from bilevel.errors import InvalidTypeError, NonFiniteError
 from bilevel.solvers.base import Response, ratio
 from bilevel.solvers.linear.base import dtype_of
-from bilevel.vector import Vector, dense, detach, is_finite, leaves, norm
+from bilevel.vector import Vector, dense, detach, is_finite, largest, leaves, norm
 
 ROUNDING = 10.0  # units in the last place that a loop which amplifies nothing may be off
 COARSE = 1e-6  # a unit in the last place above this is that of float16 or bfloat16
@@ -170,11 +170,6 @@ def inner_residual(response: Response, lower: Vector, upper: Vector) -> float:
     """Return the norm of the inner gradient at the end of the loop, relative to that at its start."""
     residual = float(norm(detach(response.residual(leaves(lower), leaves(upper)))))
     return ratio(residual, response.start_gradient_norm(upper))
-
-
-def largest(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the largest entry, which needs no squares and no copies, as a 0-d float64 tensor on their device."""
-    return torch.stack([torch.linalg.vector_norm(t, torch.inf).double() for t in tensors if t.numel()]).max()
 
 
 class Growth:
