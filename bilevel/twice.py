@@ -57,7 +57,7 @@ def explained(what: str, instead: str = "") -> Iterator[None]:
 
 def custom_functions(value: Tensor) -> dict[str, bool]:
     """Return the user's own autograd Functions behind a tensor, and whether each is marked once_differentiable."""
-    owners = [getattr(type(node), "_forward_cls", None) for node in _nodes(value)]
+    owners = [getattr(type(node), "_forward_cls", None) for node in nodes(value)]
     own = [owner for owner in owners if owner is not None and not owner.__module__.startswith(("torch.", "bilevel."))]
     return {owner.__qualname__: hasattr(owner.backward, "__wrapped__") for owner in own}
 
@@ -73,7 +73,7 @@ def silently_wrong(value: Tensor) -> list[str]:
         for name, marked in custom_functions(value).items()
         if marked
     ]
-    if any(node.name().startswith("WeightNormInterface") for node in _nodes(value)):
+    if any(node.name().startswith("WeightNormInterface") for node in nodes(value)):
         found.append("torch's fused weight_norm: write the normalization out (g * v / v.norm(...))")
     return found
 
@@ -84,10 +84,10 @@ def reentrant(value: Tensor) -> bool:
     torch.autograd.grad leaves out the parameters that are used inside of one, without an error where it need not go
     through it to reach others.
     """
-    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(value))
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes(value))
 
 
-def _nodes(value: Tensor) -> Iterator[Any]:
+def nodes(value: Tensor) -> Iterator[Any]:
     """Walk the graph behind a tensor, each node once."""
     seen = set()
     waiting: list[Any] = [value.grad_fn]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bilevel.batching import batched, rows_at_once
 from bilevel.certificate import Cost, Hypergradient
 from bilevel.data import Blocks
 from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
@@ -230,6 +231,7 @@ class Linearization:
         # A loss that is linear in some tensor gives a constant R there: nothing to pull back.
         self._attached = {name: t for name, t in attached.items() if t.requires_grad}
         self.residual = detach(attached)
+        self._together = 0  # rows of one batched product; 0: not yet known
         if not is_finite(self.residual):
             raise NonFiniteError(f"the gradient of the inner loss is not finite; {NAN_ADVICE}", "inner gradient")
         self.operator = LinearOperator(
@@ -248,15 +250,10 @@ class Linearization:
         return self._transposed(v)
 
     def _products(self, v: Vector) -> Vector:
-        """Return H v for stacked v; one by one where an operation has no batched derivative."""
-        count = next(iter(v.values())).shape[0]
-        try:
-            stacked: Vector = torch.func.vmap(self._transposed)(v)
-        except RuntimeError:
-            rows = [self._transposed({name: t[i] for name, t in v.items()}) for i in range(count)]
-            stacked = {name: torch.stack([row[name] for row in rows]) for name in v}
-        self._cost.products += count
-        return stacked
+        """Return H v for stacked v."""
+        self._together = self._together or rows_at_once(self._attached.values())
+        self._cost.products += len(next(iter(v.values())))
+        return batched(self._transposed, v, self._together)
 
     def _transposed(self, v: Vector) -> Vector:
         """Return (dR/dw)^T v, zero where R does not use a tensor."""

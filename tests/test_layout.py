@@ -28,6 +28,7 @@ FLOORS = {
     "bilevel.prox": 1,
     "bilevel.certificate": 1,
     "bilevel.data": 1,
+    "bilevel.batching": 1,
     "bilevel.minimize": 1,
     "bilevel.table": 1,
     "bilevel.files": 1,
