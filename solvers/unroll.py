@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel.certificate import Certificate, Hypergradient
 from bilevel.errors import InvalidValueError
-from bilevel.measure import Saved, free_memory, saved_memory
+from bilevel.measure import free_memory, saved_memory
 from bilevel.memory import parsed, shown, taken
 from bilevel.solvers.about import About, Sizes, Sweep, Terms
 from bilevel.solvers.base import OuterGradient, Response, State, add_terms, outer_gradient, ratio
@@ -191,10 +191,13 @@ class _Loop:
         )
 
     def measure_outer(self) -> int:
-        """Return what the outer loss takes, with its derivative and the adjoint."""
-        with saved_memory() as saved:
-            held = self._response.loss(leaves(self.lower), leaves(self._upper))
-        return 2 * saved.beyond(Saved()) + taken(self._graphs[-1].outputs) + taken(held)
+        """Return what the outer loss takes beside its data, with its derivative and the adjoint."""
+        seen, held = [], []
+        for _ in range(2):  # its data, and the whole of which they may be a part, are in both graphs
+            with saved_memory() as saved:
+                held.append(self._response.loss(leaves(self.lower), leaves(self._upper)))
+            seen.append(saved)
+        return 2 * seen[1].beyond(seen[0]) + taken(self._graphs[-1].outputs) + taken(held)
 
     def sweep(self, plan: Schedule) -> tuple[OuterGradient, dict[str, Tensor | None]]:
         """Go to the end and back; return the outer gradient there, and that through the inner variables."""

@@ -209,6 +209,20 @@ def test_a_large_outer_loss_is_part_of_the_budget() -> None:
         hypergradient(problem, Unroll(memory=100_000))
 
 
+def test_the_data_of_the_outer_loss_are_not_part_of_the_budget() -> None:
+    data = torch.randn(4000, 8, dtype=torch.float64)  # 256 kB, of which the loss sees a part
+    torch.manual_seed(1)
+    problem = bilevel.BilevelProblem(
+        lambda m, h: ((m(X) - Y) ** 2).mean() + h * sum((p**2).sum() for p in m.parameters()),
+        lambda m, h: m(data[:20]).square().mean(),
+        Plain(),
+        bilevel.positive(0.01),
+        inner.SGD(lr=0.1, steps=40),
+    )
+    taken, found = peak(problem, Unroll(memory=100_000))
+    assert taken <= 100_000 and "taken again" in found.certificate.notes[0]
+
+
 def test_loops_of_one_and_two_steps_are_held_whole() -> None:
     for steps in (1, 2):
         problem = network(SOLVERS["sgd"](steps))

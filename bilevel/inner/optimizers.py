@@ -1,44 +1,55 @@
 """First-order inner optimizers with torch.optim's names and update rules, every step differentiable.
 
-Adam's and RMSProp's moments are TorchOpt's functional transforms. The learning rate, the weight decay and momentum are
-applied here, because TorchOpt takes them as Python numbers only and keeps the first-step flag of momentum outside of
-its state (docs/design.md, "Inner optimizers").
+RMSProp's moments are TorchOpt's functional transforms. Learning rates, weight decay, momentum and Adam are ours, in as
+few passes over the memory as torch offers (docs/design.md, "Inner optimizers").
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchopt
+from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.inner.base import Decay
 from bilevel.inner.stepwise import Setting, Stepwise, check_number, is_zero
-from bilevel.vector import Vector, axpy, detach, zeros_like
+from bilevel.vector import Vector, detach, scale, zeros_like
 
 # Inside Adam's square root: sqrt has no derivative at 0, where an entry of the gradient has been 0 so far. Far below
 # the square of Adam's eps, so the values stay those of torch.optim to the last digits.
 UNDER_ROOT = 1e-30
 
 
-def _times(setting: Any, v: Vector) -> Vector:
-    """Return setting * v, with one factor for all tensors or one for each."""
-    if isinstance(setting, dict):
-        if set(setting) != set(v):
-            raise InvalidValueError(f"a setting per tensor names {sorted(setting)}, expected {sorted(v)}")
-        return {name: setting[name] * t for name, t in v.items()}
-    return {name: setting * t for name, t in v.items()}
+def _factors(setting: Any, v: Vector) -> dict[str, Any]:
+    """Return a setting's factor for each tensor; it may be one for all."""
+    if not isinstance(setting, dict):
+        return dict.fromkeys(v, setting)
+    if set(setting) != set(v):
+        raise InvalidValueError(f"a setting per tensor names {sorted(setting)}, expected {sorted(v)}")
+    return setting
+
+
+def _plus(y: Vector, setting: Any, x: Vector, times: float = 1.0) -> Vector:
+    """Return y + times * setting * x in one pass."""
+    factors = _factors(setting, x)
+    return {name: _fused(y[name], factors[name], t, times) for name, t in x.items()}
+
+
+def _fused(y: Tensor, factor: Any, x: Tensor, times: float) -> Tensor:
+    if not isinstance(factor, Tensor):
+        return torch.add(y, x, alpha=times * factor)
+    if factor.device != x.device:  # a number on the host, which only plain products take
+        return y + times * factor * x
+    return torch.addcmul(y, x, factor, value=times)
 
 
 def _add_decay(gradient: Vector, lower: Vector, weight_decay: Any) -> Vector:
     """Return the gradient of the loss plus weight_decay / 2 |w|^2."""
-    return gradient if is_zero(weight_decay) else axpy(1.0, _times(weight_decay, lower), gradient)
-
-
-def _descend(lower: Vector, direction: Vector, lr: Any) -> Vector:
-    return axpy(-1.0, _times(lr, direction), lower)
+    return gradient if is_zero(weight_decay) else _plus(gradient, weight_decay, lower)
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,12 @@ class SGD(Stepwise):
         """See `Stepwise.update`."""
         g = _add_decay(gradient, lower, now["weight_decay"])
         if not state:
-            return _descend(lower, g, now["lr"]), state
+            return _plus(lower, now["lr"], g, -1.0), state
         # torch.optim.SGD fills the buffer with the first gradient, undampened.
-        buffer = g if t == 0 else axpy(1.0 - self.dampening, g, _times(now["momentum"], state))
-        direction = axpy(1.0, _times(now["momentum"], buffer), g) if self.nesterov else buffer
-        return _descend(lower, direction, now["lr"]), buffer
+        taken = scale(1.0 - self.dampening, g) if self.dampening else g
+        buffer = g if t == 0 else _plus(taken, now["momentum"], state)
+        direction = _plus(g, now["momentum"], buffer) if self.nesterov else buffer
+        return _plus(lower, now["lr"], direction, -1.0), buffer
 
 
 @dataclass(frozen=True)
@@ -123,34 +135,32 @@ class Adam(Stepwise):
         """TorchOpt's moments take betas and eps as numbers."""
         return ("lr", "weight_decay")
 
-    def _moments(self) -> Any:
-        return torchopt.transform.scale_by_adam(*self.betas, eps=self.eps, eps_root=UNDER_ROOT)
+    def _direction(self, gradient: Vector, state: dict[str, Vector], t: int) -> tuple[Vector, float, dict[str, Vector]]:
+        """Return Adam's direction, a factor that is still to be applied, and the moments after this gradient.
 
-    def _direction(self, gradient: Vector, state: Any, t: int) -> tuple[Vector, Any]:
-        """Return Adam's direction and the moments after this gradient.
-
-        TorchOpt's moments, our bias correction: its own is computed in float32, 1e-4 off in the first steps.
+        (mean / c_1) / (sqrt(square / c_2) + eps) with the bias corrections c = 1 - beta^(t+1) is
+        mean / (sqrt(square) + eps sqrt(c_2)) times sqrt(c_2) / c_1.
         """
-        _, after = self._moments().update(gradient, state, inplace=False)
+        mean = {n: torch.lerp(state["mean"][n], g, 1.0 - self.betas[0]) for n, g in gradient.items()}
+        square = {n: torch.lerp(state["square"][n], g * g, 1.0 - self.betas[1]) for n, g in gradient.items()}
         first, second = (1.0 - beta ** (t + 1) for beta in self.betas)
-        return {
-            name: (after.mu[name] / first) / (torch.sqrt(after.nu[name] / second + UNDER_ROOT) + self.eps)
-            for name in gradient
-        }, after
+        root = math.sqrt(second)
+        direction = {n: mean[n] / (torch.sqrt(s + UNDER_ROOT * second) + self.eps * root) for n, s in square.items()}
+        return direction, root / first, {"mean": mean, "square": square}
 
-    def initial_state(self, lower: Vector) -> Any:
+    def initial_state(self, lower: Vector) -> dict[str, Vector]:
         """Return zero moments."""
-        return self._moments().init(lower)
+        return {"mean": zeros_like(lower), "square": zeros_like(lower)}
 
     def second_moment(self, state: Any) -> Vector | None:
         """See `Stepwise.second_moment`."""
-        return detach(dict(state.nu))
+        return detach(state["square"])
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""
         g = _add_decay(gradient, lower, now["weight_decay"])
-        direction, state = self._direction(g, state, t)
-        return _descend(lower, direction, now["lr"]), state
+        direction, size, state = self._direction(g, state, t)
+        return _plus(lower, now["lr"], direction, -size), state
 
 
 @dataclass(frozen=True)
@@ -172,11 +182,12 @@ class AdamW(Adam):
 
     def update(self, lower: Vector, gradient: Vector, state: Any, t: int, now: dict[str, Any]) -> tuple[Vector, Any]:
         """See `Stepwise.update`."""
-        direction, state = self._direction(gradient, state, t)
+        direction, size, state = self._direction(gradient, state, t)
         shrunk = lower
         if not is_zero(now["weight_decay"]):
-            shrunk = _descend(lower, _times(now["weight_decay"], lower), now["lr"])
-        return _descend(shrunk, direction, now["lr"]), state
+            factors = _factors(now["weight_decay"], lower)
+            shrunk = _plus(lower, now["lr"], {name: factors[name] * w for name, w in lower.items()}, -1.0)
+        return _plus(shrunk, now["lr"], direction, -size), state
 
 
 @dataclass(frozen=True)
@@ -224,5 +235,5 @@ class RMSProp(Stepwise):
         descent, moments = self._transform().update(g, state["moments"], params=lower, inplace=False)
         buffer = state["buffer"]
         if buffer:
-            buffer = descent = axpy(1.0, _times(now["momentum"], buffer), descent)
-        return axpy(1.0, _times(now["lr"], descent), lower), {"moments": moments, "buffer": buffer}
+            buffer = descent = _plus(descent, now["momentum"], buffer)
+        return _plus(lower, now["lr"], descent), {"moments": moments, "buffer": buffer}
