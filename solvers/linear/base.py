@@ -177,11 +177,18 @@ def start_from(operator: LinearOperator, rhs: Tensor, start: Tensor | None) -> t
 
 
 def finished(
-    operator: LinearOperator, rhs: Vector, x: Tensor, status: Status, steps: int, curvature: float | None
+    operator: LinearOperator,
+    rhs: Vector,
+    x: Tensor,
+    status: Status,
+    steps: int,
+    curvature: float | None,
+    residual: Tensor | None = None,
 ) -> LinearSolution:
-    """Return the solution `x` with its true residual, which costs one product."""
+    """Return the solution `x` with its true residual, which costs one product where it is not given."""
     b = wide(rhs)
-    residual = b - operator.flat(x) if bool(x.any()) else b
+    if residual is None:
+        residual = b - operator.flat(x) if bool(x.any()) else b
     size = math.sqrt(inner(b, b))
     relative = math.sqrt(inner(residual, residual)) / size if size > 0.0 else 0.0
     return LinearSolution(unflatten(x, rhs), status, steps, unflatten(residual, rhs), relative, curvature)

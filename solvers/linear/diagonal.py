@@ -44,7 +44,7 @@ def badly_scaled(diagonal: Tensor) -> bool:
 
 def by_diagonal(operator: LinearOperator) -> Preconditioner:
     """Return the estimated diagonal as a preconditioner."""
-    return _of(estimate_diagonal(operator))
+    return diagonal_of(estimate_diagonal(operator))
 
 
 def by_second_moment(operator: LinearOperator) -> Preconditioner:
@@ -54,8 +54,11 @@ def by_second_moment(operator: LinearOperator) -> Preconditioner:
             'CG(preconditioner="second-moment") needs an inner solver that keeps one, and an inner solve before; use '
             'inner_solver=bilevel.inner.Adam(...), or preconditioner="diagonal"'
         )
-    return _of(kept_positive(wide(operator.second_moment).sqrt()))
+    return diagonal_of(kept_positive(wide(operator.second_moment).sqrt()))
 
 
-def _of(diagonal: Tensor) -> Preconditioner:
-    return Preconditioner(lambda r: r / diagonal, float(diagonal.min()))
+def diagonal_of(diagonal: Tensor) -> Preconditioner:
+    """Return a diagonal as a preconditioner, which the next solve has again."""
+    return Preconditioner(
+        lambda r: r / diagonal, float(diagonal.min()), keep=lambda steps, decades: {"diagonal": diagonal}
+    )
