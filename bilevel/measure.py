@@ -18,6 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# By the name of the controller, which version 2 leaves out: the limit, what is used, and what of that is given back.
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """Return the shortest time of a few calls; no further one once they have taken half a second."""
     best, spent = math.inf, 0.0
@@ -162,11 +170,25 @@ def _available() -> int | None:
 
 
 def _group_limit() -> int | None:
-    """Return what is left below the memory limit of a container (control groups, version 2)."""
-    group = Path("/sys/fs/cgroup")
+    """Return what is left below the memory limits of this process's control groups and of those that they are in."""
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - used + sum(int(size) for name, size in cached if name == "inactive_file")
+        lines = OWN_GROUPS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for controller in set(controllers.split(",")) & set(GROUP_FILES):
+            found += [_left(GROUPS.joinpath(controller, *parts[:k]), controller) for k in range(len(parts) + 1)]
+    return min((left for left in found if left is not None), default=None)
+
+
+def _left(group: Path, controller: str) -> int | None:
+    most, used, cached = GROUP_FILES[controller]
+    try:
+        fields = (line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        reclaimable = sum(int(size) for name, size in fields if name == cached)
+        return int((group / most).read_text()) - int((group / used).read_text()) + reclaimable
     except (OSError, ValueError):  # no such files, or no limit: "max"
         return None

@@ -1,9 +1,13 @@
-"""The peak of memory, against sums by hand."""
+"""The peak of memory, against sums by hand, and what memory is free."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from bilevel import measure
 from bilevel.measure import peak_memory
 
 CPU = torch.device("cpu")
@@ -41,3 +45,30 @@ def test_what_was_there_before_is_not_counted() -> None:
         x.add_(1.0)
         assert x.view(-1).shape == (10_000,)
     assert peak.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/user/job", "user", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),
+        ("4:cpu,memory:/user/job", "memory/user/job", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        ("4:memory:/elsewhere", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_is_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, folder: str, names: tuple[str, str, str]
+) -> None:
+    """Of both versions of control groups, of this group and of those around it."""
+    own, group = tmp_path / "own", tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    own.write_text(f"1:name=systemd:/\n{line}\n")
+    monkeypatch.setattr(measure, "OWN_GROUPS", own)
+    monkeypatch.setattr(measure, "GROUPS", tmp_path / "groups")
+    without = measure.free_memory(CPU)
+    assert without is not None and without > 2000
+    for name, value in zip(names, ("2000", "700", "cache 5\n{} 200\nactive_file 3"), strict=True):
+        (group / (name if name in names[:2] else "memory.stat")).write_text(value.format(name))
+    assert measure.free_memory(CPU) == 2000 - 700 + 200
+    (group / names[0]).write_text("max")
+    assert measure.free_memory(CPU) not in (None, 1500)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from math import ceil
+from math import ceil, comb
 from typing import Any
 
 import pytest
@@ -84,6 +84,23 @@ def test_the_schedule_that_fits_is_close_to_the_best(state: int) -> None:
                 every.append(Schedule(total, block, slots).again)
         # Not every length of block is tried.
         assert found.again + total <= 1.04 * (min(every) + total)
+
+
+@pytest.mark.parametrize(
+    ("room", "graph", "state", "block", "slots", "again"),
+    [
+        (10_000, 10, 1, 1000, 0, 0),  # every graph
+        (1_999, 1_000, 1, 1, 998, 999),  # every iterate and one graph: each step once more
+        (630, 10, 10, 40, 23, 960),  # about √T graphs and √T iterates: all blocks but one once more
+        (50, 10, 10, 1, 4, 8 * 1000 - comb(13, 6)),  # a few iterates: binomial, each step eight times at most
+    ],
+)
+def test_what_is_held_goes_by_what_a_step_takes(
+    room: int, graph: int, state: int, block: int, slots: int, again: int
+) -> None:
+    found = fitting(1000, room, graph, state)
+    assert found is not None
+    assert (found.block, found.slots, found.again) == (block, slots, again)
 
 
 # What is held
