@@ -47,15 +47,19 @@ def test_what_was_there_before_is_not_counted() -> None:
     assert peak.bytes == 0
 
 
+NEW = ("memory.max", "memory.current", "inactive_file")
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
 @pytest.mark.parametrize(
     ("line", "folder", "names"),
     [
-        ("0::/user/job", "user", ("memory.max", "memory.current", "inactive_file")),
-        ("0::/", "", ("memory.max", "memory.current", "inactive_file")),
-        ("4:cpu,memory:/user/job", "memory/user/job", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
-        ("4:memory:/elsewhere", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+        ("0::/user/job", "user", NEW),
+        ("0::/", "", NEW),
+        ("4:cpu,memory:/user/job", "memory/user/job", OLD),
+        ("4:memory:/elsewhere", "memory", OLD),
     ],
-)  # fmt: skip
+)
 def test_a_containers_limit_is_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, folder: str, names: tuple[str, str, str]
 ) -> None:
