@@ -23,7 +23,8 @@ from bilevel.vector import Vector, axpy, detach, dot, is_finite, norm, scale, ze
 
 DRAWS = 4  # batches on which the curvature is measured
 RECHECK = 50  # calls after which it is measured again: λ moves
-FAR = 0.25  # or where a hyperparameter has moved so far, relative: a step of 1 / L will do until L has doubled
+FAR = 0.5  # or where a hyperparameter has moved so far, relative: a step of 1 / L will do until L has doubled
+FARTHER = 1.0  # the smallest one, which takes more products and moves no step
 GREW_INNER = 2.0  # or where the inner gradient of fixed data has: right steps do not let it grow
 ROUNDS = 8  # hypergradients of the first call, whose spread is its standard error
 HALVES = 500  # steps after which a decaying step size has begun to fall
@@ -41,6 +42,7 @@ class Kept(TypedDict):
         step: what to add to w first; None: nothing.
         largest: the largest curvature met.
         at: λ where it was measured.
+        lowest_at: λ where the smallest one was.
         count: steps so far.
         gradient: the hypergradient, for its moving average.
         tracking: see `Tracking`.
@@ -51,6 +53,7 @@ class Kept(TypedDict):
     step: Vector | None
     largest: float
     at: Vector
+    lowest_at: Vector
     count: int
     gradient: Vector
     tracking: dict[str, Any]
@@ -67,6 +70,7 @@ class Moving:
         self.next: Vector | None = None
         self.largest = 0.0 if kept is None else kept["largest"]
         self.at: Vector = {} if kept is None else kept["at"]
+        self.lowest_at: Vector = {} if kept is None else kept["lowest_at"]
         self.count = 0 if kept is None else kept["count"]
         self.grew = False
         self._least, self._allowed = math.inf, GREW_INNER
@@ -86,12 +90,6 @@ class Moving:
         self._least = length if grew else min(self._least, length)
         self._allowed *= 2.0 if grew else 1.0
         return grew
-
-    def moved_far(self, upper: Vector) -> bool:
-        """Say whether λ is far from where the curvature was measured."""
-        return not self.at or any(
-            bool((t - self.at[name]).norm() > FAR * self.at[name].norm()) for name, t in upper.items()
-        )
 
     def plan_lower(self, residual: Vector, size: float) -> None:
         """Leave a step of w due."""
@@ -167,7 +165,7 @@ class Loop:
         left = None if kept is None else kept["tracking"]
         tracking = Tracking.resumed(source.exact, response.held, self.forgets, left)
         several = kept is None and not source.exact
-        far = moving.moved_far(upper)
+        far = _moved(moving.at, upper, FAR)
         if far:
             moving.largest, moving.at = _largest(_systems(source, moving, upper)), detach(upper)
         if kept is None:
@@ -176,8 +174,8 @@ class Loop:
         last, gradients = rounds[-1][1], [gradient for gradient, _ in rounds]
         gradient = tracking.sampled(gradients, None if kept is None else kept["gradient"], self.momentum, self.averages)
         loss = sum(found.loss for _, found in rounds) / len(rounds) if self.averages else last.loss
-        if not source.exact and (far or tracking.calls % RECHECK == 0):
-            systems = _systems(source, moving, upper)
+        if not source.exact and (_moved(moving.lowest_at, upper, FARTHER) or tracking.calls % RECHECK == 0):
+            systems, moving.lowest_at = _systems(source, moving, upper), detach(upper)
             moving.largest, tracking.lowest = _largest(systems), _smallest(systems, moving.w)
             tracking.highest = moving.largest
         here = Here(source.outer, source.system, moving.w, moving.v, upper, last, gradient, moving.grew)
@@ -189,6 +187,7 @@ class Loop:
             step=moving.step,
             largest=moving.largest,
             at=moving.at,
+            lowest_at=moving.lowest_at,
             count=moving.count,
             gradient=gradient,
             tracking=tracking.state(),
@@ -232,6 +231,13 @@ class Loop:
         self, moving: Moving, source: Source, upper: Vector, tracking: Tracking, several: bool
     ) -> tuple[Vector, Directions]:
         """Move, and return D_λ and the last directions; `several`: one of the rounds of the first call."""
+
+
+def _moved(at: Vector, upper: Vector, far: float) -> bool:
+    """Say whether a hyperparameter is far from where it was, relative to the smaller of both; so it is from nowhere."""
+    return not at or any(
+        bool((t - at[name]).norm() > far * min(t.norm(), at[name].norm())) for name, t in upper.items()
+    )
 
 
 def _systems(source: Source, moving: Moving, upper: Vector) -> list[Linearization]:

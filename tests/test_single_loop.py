@@ -193,3 +193,18 @@ def test_the_random_state_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
     bilevel.hypergradient(problem(kind), type(method)(warmup=20), on_untrusted="ignore")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_curvature_is_not_measured_again_and_again_on_the_way_from_zero() -> None:
+    """Strengths exp(h) of a real h that starts at 0, where every step of it is a long one relative to h."""
+    of = problem("shuffled")
+    of = BilevelProblem(
+        lambda w, h, batch: squares(w, batch) + (h.exp() * w**2).sum() / 2,
+        lambda w, h, batch: squares(w, batch),
+        torch.zeros(D, dtype=torch.float64),
+        bilevel.real(torch.zeros(D, dtype=torch.float64)),
+        inner_data=of.inner_data,
+        outer_data=of.outer_data,
+    )
+    solution = bilevel.solve(of, SOBA(steps=1, warmup=1), steps=40, seed=0, tol=0.0, on_untrusted="ignore")
+    assert sum(record.products for record in solution.history) <= 480  # 404 were counted, of which 120 by the steps
