@@ -199,11 +199,12 @@ def default_solver(operator: LinearOperator, spent: int = 0) -> LinearSolver:
 def solve_safely(
     solver: LinearSolver, operator: LinearOperator, rhs: Vector, start: Vector | None = None
 ) -> tuple[LinearSolution, bool]:
-    """Solve, and where the solver met nonpositive curvature, by MINRES; return whether that was needed."""
+    """Solve, and where the solver met nonpositive curvature, by MINRES within its limits; return if that was needed."""
     solution = solver.solve(operator, rhs, start=start)
     if solution.status != "nonpositive curvature" or isinstance(solver, (Cholesky, MINRES)):
         return solution, False
-    return replace(MINRES().solve(operator, rhs), status=solution.status), True
+    minres = MINRES(getattr(solver, "rtol", None), getattr(solver, "max_steps", None))
+    return replace(minres.solve(operator, rhs), status=solution.status), True
 
 
 def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None, spent: int) -> Adjoint:

@@ -53,3 +53,19 @@ def test_a_run_starts_alike() -> None:
 def test_pairs_of_many_unknowns_are_few(unknowns: int, pairs: int) -> None:
     assert history(unknowns) == pairs
     assert pairs == 5 or 2 * pairs * unknowns <= NUMBERS
+
+
+def test_a_limit_on_steps_holds_for_the_solver_that_steps_in() -> None:
+    """Where conjugate gradients meet negative curvature, MINRES goes on, for as many steps at most."""
+    curvature = torch.cat([torch.linspace(0.01, 1.0, 300), torch.tensor([-0.5])]).double()
+    problem = bilevel.BilevelProblem(
+        lambda w, h: 0.5 * (curvature * w**2).sum() + h * w.sum(),
+        lambda w, h: 0.5 * ((w - 1.0) ** 2).sum(),
+        torch.zeros(301, dtype=torch.float64),
+        bilevel.real(torch.tensor(0.0, dtype=torch.float64)),
+    )
+    at = torch.zeros(301, dtype=torch.float64)
+    method = bilevel.Implicit(bilevel.CG(max_steps=4))
+    found = bilevel.hypergradient(problem, method, params=at, on_untrusted="ignore")
+    assert found.certificate.verdict == "untrusted"
+    assert found.cost.products <= 30
