@@ -6,12 +6,14 @@ import hashlib
 import inspect
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from bilevel.checkpoint import Keeper
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.minimize import Array, lbfgs
+from bilevel.minimize import HISTORY, Array, lbfgs
 from bilevel.run import Point, Run, Stop
+from bilevel.scaled import scaled_lbfgs
 from bilevel.vector import detach, flatten, unflatten
 
 
@@ -70,7 +72,9 @@ def descend_lbfgs(run: Run, keeper: Keeper) -> None:
     """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end."""
     search = _Search(run, keeper)
     start, low, high = (flatten(v).double().cpu().numpy() for v in (run.free_start, run.low, run.high))
-    lbfgs(search.function, start, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
+    bounded = bool(np.isfinite(low).all() and np.isfinite(high).all())
+    minimizer = scaled_lbfgs if bounded and len(start) > HISTORY else lbfgs
+    minimizer(search.function, start, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
     raise Stop(
         "stalled: L-BFGS found no lower outer loss along its direction; either the hypergradient is at the precision "
         "of the losses, or F is not a smooth function of the hyperparameters: a lasso has kinks, and its best strength "

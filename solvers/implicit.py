@@ -148,7 +148,9 @@ def differentiate(
     """
     outer = outer_gradient(response, lower, upper)
     system = linearize(response, lower, upper)
-    warm, kept, spent = (None, None, 0) if state is None else (state["value"], state["kept"], state["spent"])
+    warm, kept, spent = None, None, response.cost.gradients  # of training, which a factor would have shortened
+    if state is not None:
+        warm, kept, spent = state["value"], state["kept"], state["spent"]
     solver = linear_solver or default_solver(system.operator, spent)
     solution, turned = solve_safely(solver, replace(system.operator, kept=kept), outer.lower, warm)
     if linear_solver is None and isinstance(solver, Cholesky):

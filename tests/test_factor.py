@@ -51,7 +51,7 @@ def test_float32_is_served_too() -> None:
     by_cg, run = (bilevel.solve(logistic(torch.float32), method, steps=8) for method in ("cg", "implicit"))
     assert all(record.verdict == "exact" for record in run.history)
     spent, before = (sum(r.gradients + r.products for r in found.history) for found in (run, by_cg))
-    assert 2 * spent < before
+    assert 5 * spent < 4 * before  # the walk soon comes to where both need float64
 
 
 def test_a_method_that_was_asked_for_is_left_alone() -> None:

@@ -30,6 +30,7 @@ FLOORS = {
     "bilevel.data": 1,
     "bilevel.batching": 1,
     "bilevel.minimize": 1,
+    "bilevel.scaled": 1,
     "bilevel.table": 1,
     "bilevel.files": 1,
     "bilevel.randomness": 1,

@@ -73,3 +73,26 @@ def test_lbfgs_on_a_loss_without_a_minimum_says_so() -> None:
     )
     with pytest.raises(bilevel.NonFiniteError, match="the inner loss has no minimum"):
         bilevel.hypergradient(problem)
+
+
+def test_many_variables_take_newton_steps_near_a_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An L-BFGS step handles 40 vectors; the few Newton steps of a warm start handle a few for each product."""
+    X = torch.randn(60, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.ones(60, dtype=torch.float64)
+
+    def run() -> bilevel.Solution:
+        problem = bilevel.BilevelProblem(
+            lambda w, h: (torch.cosh(X @ w - y) - 1).mean() + h * (w**2).sum(),
+            lambda w, h: ((X @ w - 2 * y) ** 2).mean(),
+            torch.zeros(20, dtype=torch.float64),
+            bilevel.positive(0.1),
+        )
+        return bilevel.solve(problem, "cg", steps=3)
+
+    few = run()
+    monkeypatch.setattr("bilevel.inner.lbfgs.MANY", 20)
+    many = run()
+    assert many.outer_loss == pytest.approx(few.outer_loss, rel=1e-9)
+    assert max(record.inner_steps / record.inner_solves for record in many.history) <= 4
+    assert min(record.inner_steps / record.inner_solves for record in few.history) > 4
+    assert many.start.gradients < few.start.gradients

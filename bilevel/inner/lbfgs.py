@@ -1,4 +1,4 @@
-"""L-BFGS for deterministic inner problems, finished by Newton steps where its line search runs out of digits.
+"""L-BFGS for deterministic inner problems, and Newton steps where a solution is near.
 
 A line search compares values, so it cannot see below about the square root of the machine precision; Newton steps by
 conjugate gradients need only gradients and go on to the end of the digits. Where the loss has no second derivatives,
@@ -26,7 +26,7 @@ from bilevel.solvers.implicit import default_solver
 from bilevel.solvers.linear import CG, Cholesky, LinearSolver
 from bilevel.solvers.linear.base import FATAL, check_settings
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
-from bilevel.vector import Vector, detach, flatten, norm, subtract, unflatten
+from bilevel.vector import Vector, detach, flatten, norm, size, subtract, unflatten
 
 # The line search has done what it can when a step lowers the value by less than this part: ten units in the last place.
 VALUE_RTOL = 2e-15
@@ -34,15 +34,21 @@ VALUE_RTOL = 2e-15
 PATIENCE, UNCHANGED = 30, 1e-12
 BEYOND = 1e100  # variables or gradients this large go to infinity; their squares would overflow
 NEWTON_STEPS = 8
-NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient about this much
+NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient at least about this much
+ENOUGH = 0.1  # part of the tolerance below which none aims
+# From so many variables on the 40 vectors of an L-BFGS step cost more than a gradient does. Newton steps take up to
+# twice as many products; they are tried below this part of the first gradient, or at the last solution.
+MANY, NEAR = 100_000, 1e-2
 NEWTON_PRODUCTS = 500  # most products of one Newton step
 
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Minimize the inner loss by L-BFGS, from the previous inner solution where there is one.
+    """Minimize the inner loss by L-BFGS and Newton steps, from the previous inner solution where there is one.
 
-    For deterministic problems: `inner_data` is None or one batch.
+    From 100,000 variables on, Newton steps by conjugate gradients are tried first where a solution is near: a product
+    costs what a gradient does, and fewer vectors are handled. For deterministic problems: `inner_data` is None or one
+    batch.
 
     Args:
         rtol: stop when the norm of the inner gradient is below rtol times its norm at `params`; None: 1e-9 in
@@ -65,21 +71,31 @@ class LBFGS:
                 "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...), "
                 'or method="soba", which needs no inner solver'
             )
-        threshold = self._rtol(next(iter(lower.values())).dtype) * task.start_gradient_norm(upper)
+        first = task.start_gradient_norm(upper)
+        threshold = self._rtol(next(iter(lower.values())).dtype) * first
         system, linearize = _linearized(task, lower, upper)
         if float(norm(system.residual)) <= threshold:
             return InnerSolution(lower, 0, "converged")
-        near, taken = lower, 0
-        if task.factor is not None:  # the Hessian is all but known: so is the way
-            near, taken, done = _newton(task, lower, upper, threshold, linearize)
+        w, steps, pairs = lower, 0, None
+        many = size(lower) >= MANY
+        # The solution of a problem nearby, or a Hessian that is all but known: so is the way.
+        if task.factor is not None or (many and lower is not task.params.start):
+            w, steps, done = _newton(task, w, upper, threshold, linearize, system)
             if done:
-                return InnerSolution(near, taken, "converged")
-        descent = _descend(task, near, upper, _units(system.operator), threshold, self.max_steps)
-        w, steps, status = descent.value, taken + descent.steps, descent.status
-        if status != "converged":
+                return InnerSolution(w, steps, "converged")
+        units = _units(system.operator)
+        for part in (NEAR, 0.0) if many else (0.0,):  # where Newton steps do not get there from nearby, all the way
+            descent = _descend(task, w, upper, units, max(threshold, part * first), self.max_steps)
+            w, steps, pairs = descent.value, steps + descent.steps, descent.pairs or pairs
+            if descent.status == "converged" and part * first <= threshold:
+                break
             w, more, done = _newton(task, w, upper, threshold, linearize)
-            steps, status = steps + more, "converged" if done else status
-        return InnerSolution(w, steps, status, pairs=descent.pairs)
+            steps = steps + more
+            if done:
+                return InnerSolution(w, steps, "converged", pairs=pairs)
+            if descent.status != "converged":
+                break
+        return InnerSolution(w, steps, descent.status, pairs=pairs)
 
     def _rtol(self, dtype: torch.dtype) -> float:
         if self.rtol is not None:
@@ -193,19 +209,29 @@ def _units(operator: LinearOperator) -> Array:
 
 
 def _newton(
-    task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize
+    task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize, here: System | None = None
 ) -> tuple[Vector, int, bool]:
-    """Take Newton steps while the gradient shrinks; return the end, the steps and whether it is there."""
+    """Take Newton steps while the gradient shrinks; return the end, the steps and whether it is there.
+
+    `here` is the problem to first order at `lower`, where it is known.
+    """
     best, best_norm, candidate, spent = lower, math.inf, lower, 0
     for taken in range(NEWTON_STEPS + 1):
-        system = linearize(task, candidate, upper)
-        size = float(norm(system.residual))
-        if not size < 0.5 * best_norm:
-            return (candidate, taken, False) if size < best_norm else (best, taken, False)
-        best, best_norm = candidate, size
-        if size <= threshold or taken == NEWTON_STEPS:
-            return best, taken, size <= threshold
-        solver: LinearSolver = CG(rtol=NEWTON_RTOL, max_steps=NEWTON_PRODUCTS)
+        try:
+            system = linearize(task, candidate, upper) if here is None or taken else here
+        except NonFiniteError:
+            if not taken:
+                raise
+            return best, taken, False
+        left = float(norm(system.residual))
+        if not left < 0.5 * best_norm:
+            return (candidate, taken, False) if left < best_norm else (best, taken, False)
+        fell = left / best_norm  # Eisenstat and Walker, Choosing the forcing terms in an inexact Newton method (1996)
+        best, best_norm = candidate, left
+        if left <= threshold or taken == NEWTON_STEPS:
+            return best, taken, left <= threshold
+        rtol = min(NEWTON_RTOL, max(fell**2, ENOUGH * threshold / left)) if taken else NEWTON_RTOL
+        solver: LinearSolver = CG(rtol=rtol, max_steps=NEWTON_PRODUCTS)
         if task.factor is not None:
             dense = default_solver(system.operator, spent)
             solver = dense if isinstance(dense, Cholesky) else solver
@@ -213,7 +239,7 @@ def _newton(
         spent += step.steps
         if step.factor is not None:
             task.factor, spent = step.factor, 0
-        if step.status in FATAL:
+        if step.status in FATAL or (step.status != "converged" and step.relative > 0.5):
             return best, taken, False
         candidate = detach(subtract(candidate, step.value))
     raise AssertionError("the loop returns")
