@@ -61,3 +61,47 @@ class _Shared(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 flipped = b.transpose(1, 2)
                 return torch.mm(flipped.reshape(-1, b.shape[1]), a[0].T).view(*flipped.shape[:2], -1).transpose(1, 2)
         return func(*args, **(kwargs or {}))
+
+
+# What a product costs, roughly, on a core of this decade: seconds a call of an operation, a number read or written, and
+# a multiplication. Only ratios matter here.
+CALL, NUMBER, MULTIPLICATION = 5e-6, 1e-9, 6e-11
+
+
+def dense_share(product: Callable[[Vector], Vector], v: Vector) -> float:
+    """Return what the dense matrix costs beside so many products one by one as it has rows, factor included: a guess.
+
+    From the operations of one product: calls and matrices that all rows share cost once for all, the rest each time.
+    """
+    work = _Work()
+    with work:
+        product(v)
+    n = sum(t.numel() for t in v.values())
+    return (work.each + MULTIPLICATION * n**2 / 3.0) / (work.each + work.once)
+
+
+class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the seconds of what runs inside, for many vectors at once and for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.once, self.each = 0.0, 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.once += CALL
+        if func not in _VIEWS and isinstance(result, Tensor):
+            self.each += NUMBER * result.numel()
+        if func in _PRODUCTS:
+            a, b = args[:2]
+            self.once += NUMBER * max(a.numel(), b.numel())
+            self.each += MULTIPLICATION * a.numel() * (b.shape[-1] if b.dim() == a.dim() else 1)
+        return result
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = (_ATEN.mm.default, _ATEN.mv.default, _ATEN.bmm.default)
+_VIEWS = (_ATEN.t.default, _ATEN.view.default, _ATEN.transpose.int, _ATEN.expand.default, _ATEN.detach.default,
+          _ATEN._unsafe_view.default, _ATEN.unsqueeze.default, _ATEN.squeeze.dim)  # fmt: skip

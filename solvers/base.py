@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bilevel.batching import batched, rows_at_once
+from bilevel.batching import batched, dense_share, rows_at_once
 from bilevel.certificate import Cost, Hypergradient
 from bilevel.data import Blocks
 from bilevel.errors import NAN_ADVICE, InvalidTypeError, NonFiniteError, UnseenHyperparameterError
@@ -230,8 +230,7 @@ class Linearization:
         attached = response.residual(self._lower, self._upper)
         # A loss that is linear in some tensor gives a constant R there: nothing to pull back.
         self._attached = {name: t for name, t in attached.items() if t.requires_grad}
-        self.residual = detach(attached)
-        self._together = 0  # rows of one batched product; 0: not yet known
+        self.residual, self._together = detach(attached), 0  # rows of one batched product; 0: not yet known
         if not is_finite(self.residual):
             raise NonFiniteError(f"the gradient of the inner loss is not finite; {NAN_ADVICE}", "inner gradient")
         self.operator = LinearOperator(
@@ -254,6 +253,11 @@ class Linearization:
         self._together = self._together or rows_at_once(self._attached.values())
         self._cost.products += len(next(iter(v.values())))
         return batched(self._transposed, v, self._together)
+
+    def dense_share(self) -> float:
+        """See `bilevel.batching.dense_share`."""
+        self._cost.products += 1
+        return dense_share(self._transposed, detach(self._lower))
 
     def _transposed(self, v: Vector) -> Vector:
         """Return (dR/dw)^T v, zero where R does not use a tensor."""

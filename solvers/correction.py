@@ -23,7 +23,7 @@ from bilevel.operators import LinearOperator
 from bilevel.solvers.base import OuterGradient, Response, add_terms, present, ratio
 from bilevel.solvers.linear.base import dtype_of, inner, wide
 from bilevel.solvers.linear.cholesky import solve_with
-from bilevel.solvers.linear.lanczos import smallest_ritz
+from bilevel.solvers.linear.lanczos import expected_smallest
 from bilevel.vector import Vector, axpy, detach, norm, subtract, unflatten, zeros_like
 
 LOOSE = 0.03  # what a solve may leave, relative to its answer
@@ -120,7 +120,7 @@ def loosely(operator: LinearOperator, curvature: float, spent: int) -> Solve:
         # Below the floor lie directions that the inner loss does not bend.
         while len(alphas) < max(MOST, spent // 2) and floor < math.sqrt(rr) < math.inf:
             if len(alphas) >= FEWEST and math.sqrt(rr) <= LOOSE * low * math.sqrt(inner(x, x)):
-                low = min(low, _expected_curvature(alphas, betas))  # dearer than p·Hp / p·p, and smaller
+                low = min(low, expected_smallest(alphas, betas))  # dearer than p·Hp / p·p, and smaller
                 if math.sqrt(rr) <= LOOSE * low * math.sqrt(inner(x, x)):
                     break
             Ap = operator.flat(p)
@@ -133,17 +133,11 @@ def loosely(operator: LinearOperator, curvature: float, spent: int) -> Solve:
             betas.append(rr / before)
             p = r + betas[-1] * p
         if alphas and low > 0.0:
-            low = min(low, _expected_curvature(alphas, betas))
+            low = min(low, expected_smallest(alphas, betas))
         lowest = low
         return Solved(unflatten(x, rhs), unflatten(r, rhs), low)
 
     return solve
-
-
-def _expected_curvature(alphas: list[float], betas: list[float]) -> float:
-    """Return the smallest Ritz value; while it still falls, what twice the fall of the last third would make of it."""
-    now, before = (smallest_ritz(alphas[:k], betas) for k in (len(alphas), max(1, 2 * len(alphas) // 3)))
-    return now * (now / before) ** 2
 
 
 def preconditioned(operator: LinearOperator, factor: Tensor) -> Solve:
@@ -171,7 +165,7 @@ def preconditioned(operator: LinearOperator, factor: Tensor) -> Solve:
             z = inverse(r)
             rz, before = inner(r, z), rz
             betas.append(rz / before)
-            p, low = z + betas[-1] * p, min(low, _expected_curvature(alphas, betas))
+            p, low = z + betas[-1] * p, min(low, expected_smallest(alphas, betas))
         return Solved(unflatten(x, rhs), unflatten(z, rhs), low)
 
     return solve

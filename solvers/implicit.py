@@ -9,6 +9,7 @@ the optimizer that found it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -31,6 +32,7 @@ from bilevel.solvers.base import (
     outer_gradient,
     ratio,
 )
+from bilevel.solvers.clear import clearly_small
 from bilevel.solvers.correction import INNER_TOLERANCE, Correction, Equation, correct, factored, loosely, preconditioned
 from bilevel.solvers.linear import CG, GMRES, MINRES, Cholesky, LinearSolution, LinearSolver
 from bilevel.solvers.linear.base import EXPLANATIONS, FATAL, dtype_of, linear_solver_meant
@@ -42,8 +44,8 @@ from bilevel.vector import Vector, cast, dot, norm, subtract
 # 1e2 to 1e4, and it is indifferent to the condition and to negative curvature (docs/design.md, "Direct or CG").
 DENSE_UP_TO = 64
 # A factor of so many unknowns takes 32 MB, and some tenths of a second. It costs as many products as it has rows, which
-# taken together cost half of what they do one by one.
-FACTOR_UP_TO, SHARE = 2048, 2
+# taken together cost half of what they do one by one, or less (`bilevel.batching.dense_share`).
+FACTOR_UP_TO, SHARE = 2048, 0.5
 # Inner gradient relative to its scale: hypergradients that far apart may agree by chance. One of 2,000 scalar ones did.
 UNTRAINED = 0.1
 UNSOLVED = 0.5  # part of the right-hand side that an approximate inverse may leave: curvatures it misses lie there
@@ -113,6 +115,7 @@ class Adjoint(TypedDict):
         curvature: the smallest that was measured.
         steps: those of the solve that saw it.
         spent: all since the Hessian was last factored.
+        share: what the dense Hessian costs beside so many products as it has rows; at most `SHARE`.
         kept: what the linear solver wants to have again.
     """
 
@@ -120,6 +123,7 @@ class Adjoint(TypedDict):
     curvature: float
     steps: int
     spent: int
+    share: float
     kept: Any
 
 
@@ -148,19 +152,27 @@ def differentiate(
     """
     outer = outer_gradient(response, lower, upper)
     system = linearize(response, lower, upper)
-    warm, kept, spent = None, None, response.cost.gradients  # of training, which a factor would have shortened
+    warm, kept, share, spent = None, None, SHARE, response.cost.gradients  # of training; a factor would have helped
     if state is not None:
-        warm, kept, spent = state["value"], state["kept"], state["spent"]
-    solver = linear_solver or default_solver(system.operator, spent)
-    solution, turned = solve_safely(solver, replace(system.operator, kept=kept), outer.lower, warm)
+        warm, kept, spent, share = state["value"], state["kept"], state["spent"], state["share"]
+    operator = replace(system.operator, kept=kept)
+    if linear_solver is None and state is None and isinstance(system, Linearization) and _may_be_dense(operator):
+        share = min(SHARE, system.dense_share())
+    solver = linear_solver or default_solver(operator, spent, share)
+    limit = math.ceil(share * operator.size) - spent if linear_solver is None and _may_be_dense(operator) else None
+    solution, turned = solve_safely(solver, operator, outer.lower, warm, limit)
+    if limit is not None and solution.status == "max_steps":
+        solver, solution = Cholesky(), Cholesky().solve(operator, outer.lower)
     if linear_solver is None and isinstance(solver, Cholesky):
         response.factor, spent = solution.factor, -solution.steps
     notes = solution.notes + (_TURNED.format(type(solver).__name__),) * turned
     through = negative(system.pull_back(solution.value))
     gradient = add_terms(response, outer.upper, through, upper, _UNSEEN)
-    adjoint = _adjoint(system.operator, solution, state, spent + solution.steps)
+    adjoint = _adjoint(system.operator, solution, state, spent + solution.steps, share)
     scale, curvature = inner_scale(response, system, lower, upper), adjoint["curvature"]
-    correction = _correct(response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize)
+    correction = clearly_small(response, outer, system, solution, curvature, lower, upper, gradient) or _correct(
+        response, outer, system, solution, curvature, scale, lower, upper, gradient, linearize
+    )
     certificate = _certify(
         system, solution, curvature, scale, correction, solver.truncates, advice, response.stochastic
     )
@@ -188,28 +200,37 @@ def _drowned(operator: LinearOperator, rhs: Vector, curvature: float) -> bool:
     return curvature < NEAR_ROUNDING * torch.finfo(dtype_of(rhs)).eps * largest
 
 
-def default_solver(operator: LinearOperator, spent: int = 0) -> LinearSolver:
+def default_solver(operator: LinearOperator, spent: int = 0, share: float = SHARE) -> LinearSolver:
     """Return what `linear_solver=None` stands for, where iterative solves took `spent` steps since the last dense one.
 
     Those may cost as much as a factor does before it is made: at most twice what is best, whatever comes.
     """
-    if operator.size <= DENSE_UP_TO or (operator.symmetric and operator.size <= min(FACTOR_UP_TO, SHARE * spent)):
+    n = operator.size
+    if n <= DENSE_UP_TO or (operator.symmetric and n <= FACTOR_UP_TO and spent >= share * n):
         return Cholesky()
     return CG() if operator.symmetric else GMRES()
 
 
+def _may_be_dense(operator: LinearOperator) -> bool:
+    """Say whether a solve may turn to the dense Hessian; that of a family would be mostly zeros."""
+    return DENSE_UP_TO < operator.size <= FACTOR_UP_TO and operator.symmetric and operator.members is None
+
+
 def solve_safely(
-    solver: LinearSolver, operator: LinearOperator, rhs: Vector, start: Vector | None = None
+    solver: LinearSolver, operator: LinearOperator, rhs: Vector, start: Vector | None = None, limit: int | None = None
 ) -> tuple[LinearSolution, bool]:
-    """Solve, and where the solver met nonpositive curvature, by MINRES within its limits; return if that was needed."""
-    solution = solver.solve(operator, rhs, start=start)
+    """Solve, CG in at most `limit` steps; and by MINRES, where curvature is nonpositive. Return whether that was so."""
+    limited = solver if limit is None or not isinstance(solver, CG) else replace(solver, max_steps=limit)
+    solution = limited.solve(operator, rhs, start=start)
     if solution.status != "nonpositive curvature" or isinstance(solver, (Cholesky, MINRES)):
         return solution, False
     minres = MINRES(getattr(solver, "rtol", None), getattr(solver, "max_steps", None))
     return replace(minres.solve(operator, rhs), status=solution.status), True
 
 
-def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None, spent: int) -> Adjoint:
+def _adjoint(
+    operator: LinearOperator, solution: LinearSolution, warm: Adjoint | None, spent: int, share: float
+) -> Adjoint:
     """Keep the smallest curvature from the solve that saw most of the operator.
 
     A warm start needs few steps and so sees little of the curvature, or none.
@@ -221,11 +242,14 @@ def _adjoint(operator: LinearOperator, solution: LinearSolution, warm: Adjoint |
             curvature=warm["curvature"] if seen is None else min(seen, warm["curvature"]),
             steps=warm["steps"],
             spent=spent,
+            share=share,
             kept=solution.kept,
         )
     if seen is None:
         seen, _ = extreme_eigenvalues(operator)
-    return Adjoint(value=solution.value, curvature=seen, steps=solution.steps, spent=spent, kept=solution.kept)
+    return Adjoint(
+        value=solution.value, curvature=seen, steps=solution.steps, spent=spent, share=share, kept=solution.kept
+    )
 
 
 def equation(outer: OuterGradient, system: System, scale: float) -> Equation:

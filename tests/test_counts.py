@@ -59,7 +59,8 @@ def test_a_run_of_ten_steps() -> None:
 
 def test_the_number_of_hyperparameters_changes_no_count() -> None:
     few, many = (bilevel.hypergradient(scaling.problem(200, count, 100.0), "cg").cost for count in (1, 200))
-    assert few == many
+    assert few.gradients == many.gradients
+    assert 0 <= few.products - many.products <= 1  # one more look at how R depends on a few
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e3])

@@ -56,6 +56,8 @@ class LinearSolution:
             values, since it is saved in checkpoints.
         factor: the Cholesky factor of A, lower triangular, float64 `(size, size)`, where it was formed.
         notes: sentences for the certificate: what was done that is worth knowing.
+        missing: the smallest curvature known -> a vector about as long as A^-1 b - x, and mostly a little longer, with
+            a direction like it; None where the solver has none for nothing.
     """
 
     value: Vector
@@ -68,6 +70,7 @@ class LinearSolution:
     kept: Any = None
     factor: Tensor | None = None
     notes: tuple[str, ...] = ()
+    missing: Callable[[float], Vector] | None = None
 
 
 @dataclass(frozen=True)

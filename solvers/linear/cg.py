@@ -36,7 +36,7 @@ from bilevel.solvers.linear.base import (
 from bilevel.solvers.linear.cholesky import by_factor
 from bilevel.solvers.linear.diagonal import badly_scaled, by_diagonal, by_second_moment, diagonal_of
 from bilevel.solvers.linear.family import solve_members
-from bilevel.solvers.linear.lanczos import smallest_ritz
+from bilevel.solvers.linear.lanczos import energy_bound, expected_smallest, smallest_ritz
 from bilevel.solvers.linear.nystrom import Nystrom
 from bilevel.solvers.linear.secant import precondition as by_pairs
 from bilevel.vector import Vector, flatten, unflatten
@@ -49,6 +49,8 @@ PATIENCE = 100  # steps without a better residual, after which the decrease of t
 # The residual of an ill-conditioned system first grows for long while the energy x·Ax/2 - b·x falls. Stagnation is an
 # energy that does not fall either: less than this part of its fall so far, over PATIENCE steps.
 NEGLIGIBLE = 1e-10
+BACK = 3  # steps between the iterates from which the direction of the error is taken
+CAUTION = 0.9  # a Ritz value is above the smallest eigenvalue
 ROUNDING = 1e-17  # of the first residual: 0 for the counting of decades
 PROBATION = 200  # steps without convergence after which "auto" looks at the diagonal: 4 % of what was spent
 
@@ -138,7 +140,9 @@ class CG:
             status = run.iterate(threshold, limit)
             curvature = min(x for x in (curvature, run.smallest_ritz()) if x is not None)
         solution = finished(operator, rhs, run.best_x, status, run.steps, curvature, run.true)
-        return replace(solution, kept=run.kept(status), notes=(chosen.note,) if chosen.note else ())
+        notes = (chosen.note,) if chosen.note else ()
+        missing = (lambda lowest: unflatten(run.missing(lowest), rhs)) if run.fall > 0.0 else None
+        return replace(solution, kept=run.kept(status), notes=notes, missing=missing)
 
     def _chosen(self, operator: LinearOperator, rhs: Vector) -> Preconditioner:
         """Return the preconditioner to begin with."""
@@ -178,9 +182,11 @@ class Run:
         self.waited, self.fall, self.lately = 0, 0.0, 0.0
         self.true: Tensor | None = None
         self.in_vain, self._checked = False, (x, math.inf)
+        self._before = self._latest = x, 0  # the iterates of the last two multiples of `BACK` steps
         self.curvatures: list[float] = []
         self.alphas: list[float] = []
         self.betas: list[float] = []
+        self.falls: list[float] = []  # what each step added to `fall`
 
     def iterate(self, threshold: float, max_steps: int) -> Status:
         """Go on until the residual is below the threshold, or for so many steps in all."""
@@ -227,7 +233,8 @@ class Run:
     def _step(self, p: Tensor, Ap: Tensor, alpha: float) -> None:
         """Go alpha along p, and turn to the next direction."""
         self.x = self.x + alpha * p
-        self.fall, self.lately = self.fall + alpha * self.rz, self.lately + alpha * self.rz
+        self.falls.append(alpha * self.rz)
+        self.fall, self.lately = self.fall + self.falls[-1], self.lately + self.falls[-1]
         self.r = self.r - alpha * Ap
         size = math.sqrt(inner(self.r, self.r))
         self.waited = self.waited + 1 if size >= self.best_norm else 0
@@ -238,6 +245,8 @@ class Run:
         self.alphas.append(alpha)
         self.betas.append(rz / before)
         self.rz, self.p = rz, z + self.betas[-1] * p
+        if self.steps % BACK == 0:
+            self._before, self._latest = self._latest, (self.x, len(self.alphas))
 
     def _stagnates(self) -> bool:
         """Say whether neither the residual nor the energy has fallen for long, or a number overflowed."""
@@ -255,6 +264,15 @@ class Run:
             return None
         decades = math.log10(self._first_norm / max(self.best_norm, ROUNDING * self._first_norm))
         return self.preconditioner.keep(self.steps, decades)
+
+    def missing(self, curvature: float) -> Tensor:
+        """Return about what x is short of: the way of the last steps, as long in A's norm as the error is."""
+        lowest = expected_smallest(self.alphas, self.betas)
+        if self.preconditioner.smallest > 0.0:
+            lowest = min(lowest, curvature / self.preconditioner.smallest)
+        x, steps = self._before
+        bound = energy_bound(self.alphas, self.betas, CAUTION * lowest) * self.rz
+        return (self.x - x) * math.sqrt(bound / sum(self.falls[steps:]))
 
     def smallest_ritz(self) -> float | None:
         """Return the smallest curvature over the whole Krylov space met.

@@ -69,3 +69,28 @@ def smallest_ritz(alphas: Sequence[float], betas: Sequence[float]) -> float:
         return 0.0
     ritz = eigvalsh_tridiagonal(diagonal, np.sqrt(beta) / alpha[:-1], select="i", select_range=(0, 0))
     return float(ritz[0])
+
+
+def expected_smallest(alphas: Sequence[float], betas: Sequence[float]) -> float:
+    """Return the smallest Ritz value; while it still falls, what twice the fall of the last third would make of it."""
+    now, before = (smallest_ritz(alphas[:k], betas) for k in (len(alphas), max(1, 2 * len(alphas) // 3)))
+    return now * (now / before) ** 2
+
+
+def energy_bound(alphas: Sequence[float], betas: Sequence[float], lowest: float) -> float:
+    """Return c with |x - x*|_A^2 <= c r·z after these steps of conjugate gradients, by Gauss-Radau quadrature.
+
+    Meurant and Tichý, On computing quadrature-based bounds for the A-norm of the error in conjugate gradients,
+    Numerical Algorithms 62 (2013), section 3.
+
+    Args:
+        alphas: the steps' lengths.
+        betas: the weights of the old directions, one each for a step.
+        lowest: a lower bound of the eigenvalues.
+    """
+    bound = 1.0 / lowest
+    for alpha, beta in zip(alphas, betas, strict=True):
+        if not bound > alpha:  # `lowest` is none
+            return 1.0 / lowest
+        bound = (bound - alpha) / (lowest * (bound - alpha) + beta)
+    return bound
