@@ -17,6 +17,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import bilevel
 from benchmarks.report import Settings, duration, table
 from benchmarks.worker import Stopwatch, Worker
+from bilevel.batching import batched as together
+from bilevel.vector import Vector
 
 SIZE = 64
 METHODS = ("implicit", "cg", "direct")
@@ -66,9 +68,13 @@ def _prices(inner: Any, clock: str, batched: bool, repeats: int = 300) -> dict[s
         torch.autograd.grad(inner(w, h), w)
     middle = watch.read()[clock]
     residual = torch.autograd.grad(inner(w, h), w, create_graph=True)[0]
-    v = torch.eye(SIZE, dtype=w.dtype) if batched else torch.ones_like(w)
+
+    def product(v: Vector) -> Vector:
+        return {"w": torch.autograd.grad(residual, w, v["w"], retain_graph=True)[0]}
+
+    units, ones = {"w": torch.eye(SIZE, dtype=w.dtype)}, {"w": torch.ones_like(w)}
     for _ in range(repeats):
-        torch.autograd.grad(residual, w, v, retain_graph=True, is_grads_batched=batched)
+        together(product, units, SIZE) if batched else product(ones)
     spent = (watch.read()[clock] - middle) / (repeats * (SIZE if batched else 1))
     return {"gradient": middle / repeats, "product": spent}
 

@@ -47,12 +47,17 @@ def explained(what: str, instead: str = "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        for part, cure in _CURES.items():
-            if part in text:
-                message = f"{what} failed: {cure}. {instead}torch says: {text.splitlines()[0]}"
-                raise NotTwiceDifferentiableError(message) from error
+        explain(error, what, instead)
         raise
+
+
+def explain(error: RuntimeError, what: str, instead: str = "") -> None:
+    """Raise what `explained` makes of an error; return where that is nothing."""
+    text = str(error)
+    for part, cure in _CURES.items():
+        if part in text:
+            message = f"{what} failed: {cure}. {instead}torch says: {text.splitlines()[0]}"
+            raise NotTwiceDifferentiableError(message) from error
 
 
 def custom_functions(value: Tensor) -> dict[str, bool]:

@@ -114,7 +114,9 @@ def size(a: Vector) -> int:
 
 
 def flatten(a: Vector) -> Tensor:
-    """Return one 1-d tensor `(size,)`, tensors in the order of the dict."""
+    """Return one 1-d tensor `(size,)`, tensors in the order of the dict; it may be a view of a single one."""
+    if len(a) == 1:
+        return next(iter(a.values())).reshape(-1)
     return torch.cat([t.reshape(-1) for t in a.values()])
 
 
@@ -123,8 +125,11 @@ def unflatten(flat: Tensor, like: Vector) -> Vector:
 
     Leading dimensions are kept: `(k, size)` gives tensors of shape `(k, *shape)`.
     """
-    parts = torch.split(flat, [t.numel() for t in like.values()], dim=-1)
     lead = flat.shape[:-1]
+    if len(like) == 1:
+        name, t = next(iter(like.items()))
+        return {name: flat.reshape(lead + t.shape).to(t.dtype)}
+    parts = torch.split(flat, [t.numel() for t in like.values()], dim=-1)
     return {name: part.reshape(lead + t.shape).to(t.dtype) for (name, t), part in zip(like.items(), parts, strict=True)}
 
 
