@@ -4,8 +4,8 @@
 
 A contender runs from the common start and keeps its hyperparameters as it goes. Afterwards, off the clock, a judge
 trains to the end at these in float64, and the first that is within 1e-4 counts: what a contender believes of its own
-inexact inner solutions does not matter. The best known value is the least that three long runs found, ours and two
-hand-written ones with tighter tolerances; where a contender goes lower, the table says so.
+inexact inner solutions does not matter. The best known value is `KNOWN`, or else the least that three long
+runs found, ours and two hand-written ones with tighter tolerances; where a contender goes lower, the table says so.
 
 Rivals get the tolerances that serve them here (the inner gradient to 1e-5 of its first size, the adjoint to 1e-3;
 L-BFGS on the outer level 1e-7 and 1e-5, since its line search wants digits), inner and, where their interface has a
@@ -30,7 +30,11 @@ from benchmarks.worker import Stopwatch, Worker, WorkerError
 from benchmarks.workloads import Workload, load
 
 WITHIN = 1e-4
-LOOKED_AT = 2e-3  # a run's own loss must be as near as this for the judge to look
+LOOKED_AT = 3e-4  # a run's own loss must be as near as this for the judge to look
+# What long runs from the real data have found, so that they need not be run again: a9a by 100 steps of exact Newton
+# solutions with NumPy (Adam's runs of 80 steps end at 0.32203 to 0.32206, where removed features do not return).
+KNOWN = {"a9a": 0.3219004}
+NEWTON_UP_TO = 500  # inner variables
 TIGHT = Tolerances(inner=1e-6, adjoint=1e-4)
 
 
@@ -110,9 +114,27 @@ class Judge:
     def loss(self, h: np.ndarray) -> float:
         """Return F(h)."""
         upper = torch.from_numpy(h)
+        if len(self._w) == 1 and self._w[0].numel() <= NEWTON_UP_TO:
+            self._newton(upper)
         self._w = hand_written.fit(self._inner, self._w, upper, self._gtol, max_steps=5000)
         with torch.no_grad():
             return float(self._outer(self._w, upper))
+
+    def _newton(self, upper: torch.Tensor) -> None:
+        """Go most of the way by Newton steps with the dense Hessian: strengths get 16 decades apart."""
+        first, shape = self._w[0], self._w[0].shape
+
+        def loss(w: torch.Tensor) -> torch.Tensor:
+            return self._inner([w.view(shape)], upper)
+
+        w = first.reshape(-1)
+        for _ in range(10):
+            leaf = w.detach().requires_grad_()
+            (g,) = torch.autograd.grad(loss(leaf), leaf)
+            if float(g.abs().max()) <= self._gtol:
+                break
+            w = w - torch.linalg.solve(torch.autograd.functional.hessian(loss, w, vectorize=True), g)
+        self._w = [w.view(shape)]
 
     def look(self, path: str, target: float | None) -> dict[str, Any]:
         """Return the first moment of a run that is at the target, if any, and the loss there or at the best moment."""
@@ -182,9 +204,7 @@ class Race:
         self._lowest = math.inf
 
     def run(self) -> str:
-        long = ("bilevel", "hand-written, L-BFGS", "hand-written, Adam")
-        best = min(self._long(contender) for contender in long[: 2 if self._settings.quick else 3])
-        self._lowest = best
+        best = self._lowest = self._best()
         rows = {contender: self._row(contender, best) for contender in self._contenders}
         self._judge.close()
         first = next(iter(rows))
@@ -200,6 +220,13 @@ class Race:
         if self._lowest < best * (1.0 - 0.1 * self._within):
             title += f" (a contender went down to {self._lowest:.7g})"
         return table(title, ["contender", f"time until {self._within:.0e}", f"of {first}'s", "how"], lines)
+
+    def _best(self) -> float:
+        """Return the best known outer loss."""
+        if self._workload.name in KNOWN and self._workload.source == "real data" and not self._settings.small:
+            return KNOWN[self._workload.name]
+        long = ("bilevel", "hand-written, L-BFGS", "hand-written, Adam")
+        return min(self._long(contender) for contender in long[: 2 if self._settings.quick else 3])
 
     def _worker(self, contender: str, **more: Any) -> Worker:
         python = self._settings.python_of({**RUNS, **self._contenders}.get(contender, "bilevel"))

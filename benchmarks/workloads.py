@@ -141,7 +141,7 @@ def a9a(data: Path | None, small: bool = False) -> Workload:
     train, valid = np.split(order, [len(order) * 2 // 3])
     return Workload(
         "a9a", "l2", (X[train], y[train]), (X[valid], y[valid]), [np.zeros((1, X.shape[1]))], np.ones(X.shape[1]), True,
-        (0.3, 0.1, 1.0), _source(data),
+        (1.0, 0.3, 0.1), _source(data),
     )  # fmt: skip
 
 
