@@ -234,7 +234,12 @@ def notes(result: Result) -> list[str]:
     return lines
 
 
-_ENDS = {"converged": "converged in", "steps": "was cut off, not converged, after", "stalled": "stalled after"}
+_ENDS = {
+    "converged": "converged in",
+    "steps": "was cut off, not converged, after",
+    "stalled": "stalled after",
+    "untrusted": "ended before hypergradients that cannot be trusted, after",
+}
 
 
 def _compared(gain: float) -> str:

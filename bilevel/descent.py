@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -12,9 +13,12 @@ import torch
 from bilevel.checkpoint import Keeper
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.minimize import HISTORY, Array, lbfgs
-from bilevel.run import Point, Run, Stop
+from bilevel.point import Point
+from bilevel.run import Run, Stop
 from bilevel.scaled import scaled_lbfgs
 from bilevel.vector import detach, flatten, unflatten
+
+TRIES = 8  # untrusted points on the way to a step; the last is 1 / 4^7 of the way
 
 
 def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimizer]) -> None:
@@ -70,16 +74,30 @@ def _made(factory: Callable[..., torch.optim.Optimizer], tensors: list[torch.nn.
 
 def descend_lbfgs(run: Run, keeper: Keeper) -> None:
     """Walk with L-BFGS-B over the unconstrained values; raise `Stop` in the end."""
+    run.allow_slack()
     search = _Search(run, keeper)
     start, low, high = (flatten(v).double().cpu().numpy() for v in (run.free_start, run.low, run.high))
     bounded = bool(np.isfinite(low).all() and np.isfinite(high).all())
     minimizer = scaled_lbfgs if bounded and len(start) > HISTORY else lbfgs
-    minimizer(search.function, start, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
+    begin: Array | None = start
+    while begin is not None:
+        minimizer(search.function, begin, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)
+        begin = search.again()
     raise Stop(
         "stalled: L-BFGS found no lower outer loss along its direction; either the hypergradient is at the precision "
         "of the losses, or F is not a smooth function of the hyperparameters: a lasso has kinks, and its best strength "
         "is often one; for others try outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
     )
+
+
+_UNTRUSTED_START = (
+    "untrusted: the hypergradient at the start is untrusted, and no step is taken along one: {}; "
+    'on_untrusted="ignore" goes along it all the same'
+)
+_UNTRUSTED_WAY = (
+    "untrusted: {} points on the way to the next step, the last one very near, have untrusted hypergradients, and no "
+    'step is taken to such a point: {}; on_untrusted="ignore" takes it all the same'
+)
 
 
 class _Search:
@@ -93,13 +111,14 @@ class _Search:
         self._run, self._keeper = run, keeper
         saved = keeper.resume(run)
         self._seen: list[tuple[float, torch.Tensor]] = [] if saved is None else list(saved["seen"])
-        self._replay = iter(list(self._seen))
+        self._replay = deque(self._seen)
         self._skip = len(run.history)
         # Since the accepted point: by the name of x, what SciPy was told, and how it was evaluated.
         self._known: dict[bytes, tuple[float, torch.Tensor]] = {}
         self._evaluated: dict[bytes, Point] = {}
         self._accepted = b""
-        self._unit = 0.0
+        self._at: Array | None = None  # the accepted point
+        self._unit, self._refused = 0.0, 0  # untrusted points since the accepted one
 
     def function(self, x: Array) -> tuple[float, Array]:
         """Return F and its gradient at unconstrained values, in units of the first gradient's norm.
@@ -109,7 +128,9 @@ class _Search:
         key = _name(x)
         # A point is evaluated once: training again from another start may end in another minimum.
         if key not in self._known:
-            self._known[key] = next(self._replay, None) or self._evaluate(x)
+            self._known[key] = self._replay.popleft() if self._replay else self._evaluate(x)
+        if self._at is None:
+            self._accepted, self._at = key, x.copy()
         value, gradient = self._known[key]
         self._unit = self._unit or float(gradient.norm()) or 1.0
         return value / self._unit, (gradient / self._unit).numpy()
@@ -118,21 +139,55 @@ class _Search:
         like = self._run.free_start
         device = next(iter(like.values())).device
         point = self._run.evaluate(unflatten(torch.from_numpy(x.copy()).to(device), like))
-        if self._run.start is None:
+        first, refused = self._run.start is None, self._run.refuses(point)
+        if first:
             self._run.accept(point)
+        if refused:
+            return self._too_far(x, point, first)
         self._evaluated[_name(x)] = point
-        found = point.evaluation.hypergradient
-        result = found.outer_loss + found.correction, flatten(point.gradient).double().cpu()
+        return self._told(point.outer_loss, flatten(point.gradient).double().cpu())
+
+    def _too_far(self, x: Array, point: Point, first: bool) -> tuple[float, torch.Tensor]:
+        """Tell SciPy what makes its line search step back to a quarter of the way to an untrusted point.
+
+        With F and its slope s < 0 at the accepted point, F - s and the slope -3 s are those of a parabola whose minimum
+        is there, and no step to them is accepted.
+        """
+        self._refused += 1
+        reasons = "; ".join(point.evaluation.hypergradient.certificate.reasons)
+        if first:
+            raise Stop(_UNTRUSTED_START.format(reasons))
+        if self._refused == TRIES:
+            raise Stop(_UNTRUSTED_WAY.format(TRIES, reasons))
+        assert self._at is not None
+        self._run.return_to_accepted()
+        value, gradient = self._known[self._accepted]
+        slope = float(gradient @ torch.from_numpy(x - self._at))
+        return self._told(value + abs(slope), -3.0 * gradient)
+
+    def _told(self, value: float, gradient: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Return what SciPy hears of a point, and keep it for a replay."""
         if self._keeper.active:
-            self._seen.append(result)
-        return result
+            self._seen.append((value, gradient))
+        return value, gradient
+
+    def again(self) -> Array | None:
+        """Return the accepted point where the search had slack until it stalled there: it goes on without."""
+        if self._replay:
+            self._known[self._accepted] = self._replay.popleft()
+            return self._at
+        point = self._run.settle()
+        if point is None:
+            return None
+        self._known[self._accepted] = self._told(point.outer_loss, flatten(point.gradient).double().cpu())
+        return self._at
 
     def after_step(self, x: Array) -> bool:
         """Accept the point that an iteration led to; True where it led back to the last one, which ends the search."""
         key = _name(x)
         if key == self._accepted:
             return True
-        self._accepted = key
+        self._accepted, self._at, self._refused = key, x.copy(), 0
         self._known = {key: self._known[key]}
         if self._skip:
             self._skip -= 1

@@ -58,7 +58,7 @@ class Evaluator:
     Attributes:
         lower: the last inner solution, from which the next inner solve starts; None: from `params`.
         state: what the estimator kept.
-        factor: see `Response`.
+        slack, factor: see `Response`.
         gradient_floor: norm below which a hypergradient counts as zero, natural units.
         inner_solver: in place of the problem's; None: the problem's.
         notes: what every certificate shall say, for example which method `auto` chose.
@@ -69,6 +69,7 @@ class Evaluator:
     lower: Vector | None = None
     state: State = None
     gradient_floor: float = 0.0
+    slack: float = 1.0
     factor: Tensor | None = None
     inner_solver: InnerSolver | None = None
     notes: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class Evaluator:
             given: inner variables to take as they are (implicit: as the solution; unrolled: as the start).
         """
         response = ProblemResponse(self.problem, self.gradient_floor, self.inner_solver)
-        response.factor = self.factor
+        response.slack, response.factor = self.slack, self.factor
         lower, steps, status = self._inner(response, upper, given)
         try:
             with response.session(about(self.estimator).derivatives):

@@ -48,6 +48,7 @@ class LinearOperator:
         members: A is block diagonal, with a block for each of so many members of a family, which every tensor has a
             leading dimension for; None: no family.
         factor: lower triangular, `(size, size)`: the Cholesky factor of an operator like this one.
+        slack: how many times larger the default tolerance of a linear solver may be.
 
     >>> import torch
     >>> A = LinearOperator(lambda v: {"w": 3.0 * v["w"]}, {"w": torch.zeros(2)}, symmetric=True)
@@ -65,6 +66,7 @@ class LinearOperator:
     kept: Any = None
     members: int | None = None
     factor: Tensor | None = None
+    slack: float = 1.0
 
     def __call__(self, v: Vector) -> Vector:
         """Return A v."""

@@ -109,6 +109,7 @@ def solve(
         progress: a progress bar on stderr; None: where that is a terminal.
         callbacks: each is called after every step with that step's `Record`.
         on_untrusted: what to do about a hypergradient that cannot be trusted: "warn" (once a run), "raise" or "ignore".
+            Unless it is "ignore", "lbfgs" steps back from such points, or ends the run; torch optimizers go on.
         checkpoint: a path (or a `bilevel.Checkpoint` with how often). The run writes its state there as it goes; a call
             that finds the file goes on from it and ends exactly as an uninterrupted run does.
 
@@ -170,6 +171,8 @@ def _report_run(solution: Solution, on_untrusted: str) -> None:
     """Warn once about the untrusted hypergradients of a run."""
     records = [solution.start, *solution.history]
     untrusted = [record.step for record in records if record.verdict == "untrusted"]
+    if not untrusted and solution.status.startswith("untrusted") and on_untrusted == "warn":
+        warnings.warn(solution.status, UntrustedHypergradientWarning, stacklevel=3)
     if untrusted and on_untrusted == "warn":
         reasons = "; ".join(solution.certificate.reasons) or "the last one is trusted again; see `solution.history`"
         warnings.warn(

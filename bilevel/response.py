@@ -52,7 +52,7 @@ class ProblemResponse(Stepping):
     Attributes:
         cost: gradients and products spent so far.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
-        gradient_floor, held, stochastic, second_moment, pairs, factor, members: see `Response`.
+        gradient_floor, held, stochastic, slack, second_moment, pairs, factor, members: see `Response`.
         penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -76,7 +76,7 @@ class ProblemResponse(Stepping):
         self.data = problem.inner_data
         self.deterministic = problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
-        self.held, self.stochastic = False, not problem.deterministic
+        self.held, self.stochastic, self.slack = False, not problem.deterministic, 1.0
         self.cost = Cost()
         self.inner_loss: float | None = None
         self._inner_batch, self._outer_batch = problem.pinned_batches.draw(), problem.outer_batches.draw()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import optree
@@ -14,7 +14,9 @@ import torch
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.errors import NonFiniteError
 from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
+from bilevel.point import Point
 from bilevel.randomness import get_random, set_random
+from bilevel.slack import START, may_loosen, next_slack, tightened
 from bilevel.solution import Record, Solution, summarize
 from bilevel.solvers.about import about
 from bilevel.vector import Vector, detach, is_finite, norm
@@ -25,6 +27,7 @@ FLOOR = 100.0
 # The same, of the first hypergradient, for methods that move the inner variables by minibatches: near the optimum their
 # noise is all that is left, and no run gets further than that.
 NOISE_FLOOR = 0.1
+SPENT = ("inner_steps", "inner_solves", "gradients", "products", "seconds")  # of a record
 
 
 class Stop(BaseException):
@@ -33,16 +36,6 @@ class Stop(BaseException):
     def __init__(self, status: str) -> None:
         super().__init__(status)
         self.status = status
-
-
-class Point:
-    """An evaluated point: unconstrained values, the gradient over them, how they were evaluated, modules' buffers."""
-
-    def __init__(
-        self, free: Vector, natural: Vector, gradient: Vector, evaluation: Evaluation, buffers: list[Vector]
-    ) -> None:
-        self.free, self.natural, self.gradient, self.evaluation = free, natural, gradient, evaluation
-        self.buffers = buffers
 
 
 class Run:
@@ -68,37 +61,76 @@ class Run:
         self.history: list[Record] = []
         self._on_untrusted = on_untrusted
         self._accepted: Point | None = None
+        self._adapts = self._loosens = False
         self._spent, self._inner_steps, self._solves = Cost(), 0, 0
         self._clock = time.perf_counter()
         hparams = evaluator.problem.hparams
         self.free_start = hparams.free(hparams.layout.start)
         self.low, self.high = hparams.bounds()
 
+    def allow_slack(self) -> None:
+        """Let the tolerances follow the outer progress, where that does no harm."""
+        self._adapts = self._loosens = may_loosen(self.evaluator.estimator, self.evaluator.problem)
+        self.evaluator.slack = START if self._loosens else 1.0
+
     def evaluate(self, free: Vector) -> Point:
         """Return the hypergradient at unconstrained values, chained to them; raise if untrusted and asked to."""
-        hparams = self.evaluator.problem.hparams
+        evaluator, hparams = self.evaluator, self.evaluator.problem.hparams
         natural = detach(hparams.natural(free))
+        evaluation = self._evaluation(natural)
+        while self._adapts and not evaluation.hypergradient.certificate.trusted:
+            less = tightened(evaluator.slack, evaluation.hypergradient.certificate)
+            if less is None:
+                break
+            evaluator.slack, self._loosens = less, False
+            evaluation = self._evaluation(natural)
+        found, slack = evaluation.hypergradient, evaluator.slack
+        evaluator.slack = next_slack(slack, found.certificate) if self._loosens else 1.0
+        gradient = hparams.chain(free, found.gradient)
+        if not is_finite(gradient):
+            raise self._located(NonFiniteError("the hypergradient is not finite", "hypergradient"))
+        if self._on_untrusted == "raise":
+            report_untrusted(found, "raise", stacklevel=1)
+        return Point(detach(free), natural, gradient, evaluation, self._buffers(), slack)
+
+    def _evaluation(self, natural: Vector) -> Evaluation:
+        """Evaluate once, and count what it costs."""
         try:
             evaluation = self.evaluator(natural)
         except NonFiniteError as error:
             raise self._located(error) from error
-        found = evaluation.hypergradient
-        gradient = hparams.chain(free, found.gradient)
-        if not is_finite(gradient):
-            raise self._located(NonFiniteError("the hypergradient is not finite", "hypergradient"))
-        self._spent += found.cost
+        self._spent += evaluation.hypergradient.cost
         self._inner_steps += evaluation.inner_steps
         self._solves += 1
-        if self._on_untrusted == "raise":
-            report_untrusted(found, "raise", stacklevel=1)
-        return Point(detach(free), natural, gradient, evaluation, self._buffers())
+        return evaluation
+
+    def _without_slack(self, point: Point) -> Point:
+        """Return the point as it is without slack, which no later one of this run has either."""
+        self._loosens, self.evaluator.slack = False, 1.0
+        return point if point.slack <= 1.0 else self.evaluate(point.free)
+
+    def refuses(self, point: Point) -> bool:
+        """Say whether no step may be taken to or from this point."""
+        return self._on_untrusted != "ignore" and not point.evaluation.hypergradient.certificate.trusted
+
+    def return_to_accepted(self) -> None:
+        """Let the next inner solve start from the last accepted point."""
+        assert self._accepted is not None
+        self.evaluator.lower = self._accepted.evaluation.hypergradient.params
+        self._set_buffers(self._accepted.buffers)
 
     def _located(self, error: NonFiniteError) -> NonFiniteError:
         step = 0 if self.start is None else len(self.history) + 1
         return NonFiniteError(f"outer step {step}: {error}", error.quantity, step)
 
     def accept(self, point: Point) -> None:
-        """Record the point that a step led to (the starting point first); raise `Stop` when it is time."""
+        """Record the point that a step led to (the starting point first); raise `Stop` when it is time.
+
+        Where that is the end of the run, the point is taken again without slack.
+        """
+        last = self.start is not None and len(self.history) + 1 == self.steps
+        if point.slack > 1.0 and (last or self._is_stationary(point)):
+            point = self._without_slack(point)
         self._accepted = point
         size = self._projected_norm(point)
         record = self._record(point, size)
@@ -114,13 +146,36 @@ class Run:
                         "a callback raised StopIteration; to end a run, raise KeyboardInterrupt"
                     ) from error
         self._set_floor(point, self.start.hypergradient_norm)
-        limit = self.tol * self.start.hypergradient_norm
+        self._stop_if_done(point, size)
+
+    def settle(self) -> Point | None:
+        """Take the last accepted point again without slack, in its place; None where it had none."""
+        point = self._accepted
+        if point is None or point.slack <= 1.0:
+            return None
+        self._accepted = point = self._without_slack(point)
+        assert self.start is not None
+        size, loose = self._projected_norm(point), self.history[-1] if self.history else self.start
+        record = self._record(point, size)
+        record = replace(record, step=loose.step, **{name: loose[name] + record[name] for name in SPENT})
+        if self.history:
+            self.history[-1] = record
+        else:
+            self.start = record
+        self._stop_if_done(point, size)
+        return point
+
+    def _is_stationary(self, point: Point) -> bool:
+        first = 0.0 if self.start is None else self.start.hypergradient_norm
+        return self._projected_norm(point) <= self.tol * first
+
+    def _stop_if_done(self, point: Point, size: float) -> None:
         if size == 0.0 and not self.history:
             raise Stop(
                 "converged: the hypergradient is exactly zero at the start; if that is a surprise, look for a term "
                 "of the inner loss that is detached from params (.detach(), .item(), float())"
             )
-        if size <= limit:
+        if self._is_stationary(point):
             raise Stop(
                 f"converged: the projected hypergradient norm {size:.1e} is at most tol={self.tol:g} times the first"
             )
@@ -149,7 +204,7 @@ class Run:
         evaluation, certificate = point.evaluation, point.evaluation.hypergradient.certificate
         record = Record(
             step=0 if self.start is None else len(self.history) + 1,
-            outer_loss=evaluation.hypergradient.outer_loss,
+            outer_loss=point.outer_loss,
             inner_loss=evaluation.inner_loss,
             hypergradient_norm=hypergradient_norm,
             inner_residual=certificate.inner_residual,
@@ -195,6 +250,8 @@ class Run:
             "lower": evaluator.lower,
             "estimator": evaluator.state,
             "gradient_floor": evaluator.gradient_floor,
+            "slack": evaluator.slack,
+            "loosens": self._loosens,
             "factor": evaluator.factor,
             "buffers": self._buffers(),
             "position": problem.position(),
@@ -207,6 +264,7 @@ class Run:
                 "gradient": point.gradient,
                 "evaluation": asdict(point.evaluation),
                 "buffers": point.buffers,
+                "slack": point.slack,
             },
         }
 
@@ -217,6 +275,7 @@ class Run:
         state = _to(state, device)
         evaluator.lower, evaluator.state = state["lower"], state["estimator"]
         evaluator.gradient_floor, evaluator.factor = state["gradient_floor"], state["factor"]
+        evaluator.slack, self._loosens = state["slack"], state["loosens"]
         self._set_buffers(state["buffers"])
         problem.go_to(state["position"])
         set_random(state["random"])
@@ -227,9 +286,7 @@ class Run:
         found["certificate"] = Certificate.from_dict(found["certificate"])
         found["cost"] = Cost(**found["cost"])
         evaluation = Evaluation(**{**accepted["evaluation"], "hypergradient": Hypergradient(**found)})
-        self._accepted = Point(
-            accepted["free"], accepted["natural"], accepted["gradient"], evaluation, accepted["buffers"]
-        )
+        self._accepted = Point(**{**accepted, "evaluation": evaluation})
 
     def solution(self, status: str) -> Solution:
         """Return the last accepted point as a solution."""
@@ -246,7 +303,7 @@ class Run:
         return Solution(
             hparams=problem.hparams.layout.export(natural),
             params=problem.params.export(lower),
-            outer_loss=point.evaluation.hypergradient.outer_loss,
+            outer_loss=point.outer_loss,
             history=self.history,
             status=status,
             certificate=point.evaluation.hypergradient.certificate,

@@ -83,7 +83,8 @@ class Solution:
         params: the inner solution at `hparams`, in the user's structure.
         outer_loss: F at `hparams`.
         history: one record a step.
-        status: why the run stopped, a sentence that begins with "converged", "steps", "stalled" or "interrupted".
+        status: why the run stopped, a sentence that begins with "converged", "steps", "stalled", "untrusted" or
+            "interrupted".
         certificate: of the last hypergradient.
         start: the record of the starting point.
     """

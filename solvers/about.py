@@ -46,6 +46,8 @@ class About:
         exact: exact in the limit; False for a method that approximates by design.
         terms: cost and error in words.
         random: it draws random numbers of its own, so that two calls differ and no line search can compare them.
+        takes_slack: its default tolerances follow `Response.slack`, its error says how much is too much, and
+            `Hypergradient.correction` makes up for what an inexact inner solution does to the outer loss.
     """
 
     begins: Begins
@@ -54,6 +56,7 @@ class About:
     exact: bool
     terms: Terms
     random: bool = False
+    takes_slack: bool = False
 
     @property
     def unrolls(self) -> bool:

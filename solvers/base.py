@@ -1,8 +1,6 @@
 """What every hypergradient estimator takes, returns and shares.
 
-    F(λ) = f(w*(λ), λ)      with  R(w*(λ), λ) = 0,  R = the inner gradient
-
-`lower` is w, `upper` is λ (natural values), both vectors of named tensors.
+F(λ) = f(w*(λ), λ)      with  R(w*(λ), λ) = 0,  R = the inner gradient,  w = `lower`,  λ = `upper`, natural values
 """
 
 from __future__ import annotations
@@ -61,6 +59,9 @@ class Response(RootCondition, Protocol):
 
     stochastic: bool
     """`redraw` gives other batches."""
+
+    slack: float
+    """How many times larger the default tolerances of inner and linear solves may be; 1 but in `solve`."""
 
     gradient_floor: float
     """Norm below which the caller takes a hypergradient for zero; relative errors are not held against it."""
@@ -137,7 +138,6 @@ class Response(RootCondition, Protocol):
 
     def go_back(self, mark: Any) -> None:
         """Let the next step see what it would have seen at `mark`; raise for a stream that cannot go back."""
-        ...
 
     def label(self, name: str) -> str:
         """Return what the user calls the hyperparameter `name`."""

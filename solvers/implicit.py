@@ -86,14 +86,15 @@ class Implicit:
         """The linear solver's cost and error, and one product to pull the adjoint back."""
         solver = self.linear_solver
         terms = _PICKED if solver is None else getattr(solver, "terms", UNDECLARED.terms)
-        return About("solution", "losses", derivatives=2, exact=not getattr(solver, "truncates", False), terms=terms)
+        exact = not getattr(solver, "truncates", False)
+        return About("solution", "losses", derivatives=2, exact=exact, terms=terms, takes_slack=exact)
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
     ) -> tuple[Hypergradient, State]:
         """Return the hypergradient at the inner solution `lower`; `state` is the last `Adjoint`."""
         found, adjoint, seen = differentiate(response, lower, upper, state, self.linear_solver)
-        if not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
+        if response.slack > 1.0 or not seen.to_the_last_digit or not short_of_digits(found.certificate, lower):
             return found, adjoint
         again, wide = in_float64(self, default_solver, response, lower, upper, (found, adjoint), seen)
         return again, {**wide, "value": cast(wide["value"], torch.float32)}
@@ -155,7 +156,7 @@ def differentiate(
     warm, kept, share, spent = None, None, SHARE, response.cost.gradients  # of training; a factor would have helped
     if state is not None:
         warm, kept, spent, share = state["value"], state["kept"], state["spent"], state["share"]
-    operator = replace(system.operator, kept=kept)
+    operator = replace(system.operator, kept=kept, slack=response.slack)
     if linear_solver is None and state is None and isinstance(system, Linearization) and _may_be_dense(operator):
         share = min(SHARE, system.dense_share())
     solver = linear_solver or default_solver(operator, spent, share)

@@ -54,6 +54,8 @@ FLOORS = {
     "bilevel.solution": 4,
     "bilevel.plotting": 4,
     "bilevel.run": 4,
+    "bilevel.point": 4,
+    "bilevel.slack": 4,
     "bilevel.checkpoint": 4,
     "bilevel.descent": 4,
     "bilevel.differentiable": 4,

@@ -24,7 +24,7 @@ from bilevel.solvers.base import Linearization, System
 from bilevel.solvers.differences import Differences
 from bilevel.solvers.implicit import default_solver
 from bilevel.solvers.linear import CG, Cholesky, LinearSolver
-from bilevel.solvers.linear.base import FATAL, check_settings
+from bilevel.solvers.linear.base import FATAL, check_settings, loosened
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
 from bilevel.vector import Vector, detach, flatten, norm, size, subtract, unflatten
 
@@ -32,6 +32,7 @@ from bilevel.vector import Vector, detach, flatten, norm, size, subtract, unflat
 VALUE_RTOL = 2e-15
 # Steps over which the norm of the gradient stays as it was at the start: those of a linear loss, which has no minimum.
 PATIENCE, UNCHANGED = 30, 1e-12
+LOOSEST = 1e-4  # of default tolerances, however much slack there is
 BEYOND = 1e100  # variables or gradients this large go to infinity; their squares would overflow
 NEWTON_STEPS = 8
 NEWTON_RTOL = 1e-2  # each Newton step shrinks the gradient at least about this much
@@ -72,7 +73,7 @@ class LBFGS:
                 'or method="soba", which needs no inner solver'
             )
         first = task.start_gradient_norm(upper)
-        threshold = self._rtol(next(iter(lower.values())).dtype) * first
+        threshold = self._rtol(next(iter(lower.values())).dtype, task.slack) * first
         system, linearize = _linearized(task, lower, upper)
         if float(norm(system.residual)) <= threshold:
             return InnerSolution(lower, 0, "converged")
@@ -97,10 +98,10 @@ class LBFGS:
                 break
         return InnerSolution(w, steps, descent.status, pairs=pairs)
 
-    def _rtol(self, dtype: torch.dtype) -> float:
+    def _rtol(self, dtype: torch.dtype, slack: float) -> float:
         if self.rtol is not None:
             return self.rtol
-        return 1e-9 if dtype == torch.float64 else 1e-5
+        return loosened(1e-9 if dtype == torch.float64 else 1e-5, slack, LOOSEST)
 
 
 _Linearize = Callable[[Task, Vector, Vector], System]

@@ -38,6 +38,8 @@ EXPLANATIONS: dict[Status, str] = {
 # A solution that ends like this is wrong whatever its residual says.
 FATAL: tuple[Status, ...] = ("nonpositive curvature", "singular", "diverged")
 
+LOOSEST = 1e-3  # of default tolerances, however much slack there is
+
 
 @dataclass(frozen=True)
 class LinearSolution:
@@ -106,11 +108,16 @@ class LinearSolver(Protocol):
         ...
 
 
-def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
-    """Return `rtol`, or where it is None what the precision allows: 1e-8 in float64, 1e-5 in float32."""
+def default_rtol(rtol: float | None, dtype: torch.dtype, slack: float = 1.0) -> float:
+    """Return `rtol`, or where it is None what the precision allows: 1e-8 in float64, 1e-5 in float32, times `slack`."""
     if rtol is not None:
         return rtol
-    return 1e-8 if dtype == torch.float64 else max(1e-5, 10 * torch.finfo(dtype).eps)
+    return loosened(1e-8 if dtype == torch.float64 else max(1e-5, 10 * torch.finfo(dtype).eps), slack, LOOSEST)
+
+
+def loosened(rtol: float, slack: float, loosest: float) -> float:
+    """Return a default tolerance times `slack`, which never makes it larger than `loosest`."""
+    return min(max(rtol, loosest), rtol * slack)
 
 
 def dtype_of(v: Vector) -> torch.dtype:

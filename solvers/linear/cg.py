@@ -120,10 +120,10 @@ class CG:
             raise InvalidValueError('CG needs a symmetric operator and this one is not; use method="gmres" or "direct"')
         if operator.members is not None and operator.factor is None and self.preconditioner in (None, "auto"):
             limit = self.max_steps or min(10 * operator.size // operator.members, 10_000)
-            rtol = default_rtol(self.rtol, dtype_of(rhs))
+            rtol = default_rtol(self.rtol, dtype_of(rhs), operator.slack)
             return solve_members(operator, rhs, start, operator.members, rtol, limit)
         b = wide(rhs)
-        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        threshold = default_rtol(self.rtol, dtype_of(rhs), operator.slack) * math.sqrt(inner(b, b))
         limit = self.max_steps or min(10 * operator.size, 10_000)
         x, r = start_from(operator, b, None if start is None else wide(start))
         if math.sqrt(inner(r, r)) <= threshold:

@@ -67,7 +67,7 @@ class GMRES:
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
         """Solve A x = rhs."""
         b = wide(rhs)
-        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        threshold = default_rtol(self.rtol, dtype_of(rhs), operator.slack) * math.sqrt(inner(b, b))
         x, r = start_from(operator, b, None if start is None else wide(start))
         steps, limit = 0, self.max_steps or min(10 * operator.size, 10_000)
         curvature: float | None = None

@@ -72,7 +72,7 @@ class MINRES:
         if not operator.symmetric:
             raise InvalidValueError("MINRES needs a symmetric operator and this one is not; use bilevel.GMRES()")
         b = wide(rhs)
-        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        threshold = default_rtol(self.rtol, dtype_of(rhs), operator.slack) * math.sqrt(inner(b, b))
         x, r = start_from(operator, b, None if start is None else wide(start))
         steps, limit = 0, self.max_steps or min(10 * operator.size, 10_000)
         curvature: float | None = None

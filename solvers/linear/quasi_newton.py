@@ -74,7 +74,7 @@ class QuasiNewton:
         if not operator.symmetric:
             raise InvalidValueError('QuasiNewton needs a symmetric operator and this one is not; use method="gmres"')
         b = wide(rhs)
-        threshold = default_rtol(self.rtol, dtype_of(rhs)) * math.sqrt(inner(b, b))
+        threshold = default_rtol(self.rtol, dtype_of(rhs), operator.slack) * math.sqrt(inner(b, b))
         x, r = start_from(operator, b, None if start is None else wide(start))
         if math.sqrt(inner(r, r)) <= threshold:
             return replace(finished(operator, rhs, x, "converged", 0, None), kept=operator.kept)
