@@ -31,7 +31,7 @@ _WHAT = {True: ("differentiating the losses twice", f"{INSTEAD}. "), False: ("di
 
 
 class _Plain:
-    """Lends plain tensors, which need no more than their structures; half of a small product's time was spent here."""
+    """Lends plain tensors, which need no more than their structures; a quarter of a small product's time went here."""
 
     def __init__(self, params: Any, hparams: Any, twice: bool) -> None:
         self._structures, self._what = (params, hparams), _WHAT[twice]

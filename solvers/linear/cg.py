@@ -232,10 +232,10 @@ class Run:
 
     def _step(self, p: Tensor, Ap: Tensor, alpha: float) -> None:
         """Go alpha along p, and turn to the next direction."""
-        self.x = self.x + alpha * p
+        self.x = torch.add(self.x, p, alpha=alpha)
         self.falls.append(alpha * self.rz)
         self.fall, self.lately = self.fall + self.falls[-1], self.lately + self.falls[-1]
-        self.r = self.r - alpha * Ap
+        self.r = torch.sub(self.r, Ap, alpha=alpha)
         size = math.sqrt(inner(self.r, self.r))
         self.waited = self.waited + 1 if size >= self.best_norm else 0
         if not self.waited:
@@ -244,7 +244,7 @@ class Run:
         rz, before = inner(self.r, z), self.rz
         self.alphas.append(alpha)
         self.betas.append(rz / before)
-        self.rz, self.p = rz, z + self.betas[-1] * p
+        self.rz, self.p = rz, torch.add(z, p, alpha=self.betas[-1])
         if self.steps % BACK == 0:
             self._before, self._latest = self._latest, (self.x, len(self.alphas))
 
