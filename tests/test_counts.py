@@ -53,7 +53,7 @@ def test_a_run_of_ten_steps() -> None:
     spent = Cost(sum(r.gradients for r in records), sum(r.products for r in records))
     assert sum(r.inner_solves for r in records) <= 13  # a loose one was not to be trusted; the last is taken again
     assert solution.outer_loss < 0.2417  # SciPy's L-BFGS-B gets to 0.2420 in ten steps
-    assert spent.gradients <= 340
+    assert spent.gradients <= 360
     assert spent.products <= 1300
 
 
