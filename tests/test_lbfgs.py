@@ -87,12 +87,12 @@ def test_many_variables_take_newton_steps_near_a_solution(monkeypatch: pytest.Mo
             torch.zeros(20, dtype=torch.float64),
             bilevel.positive(0.1),
         )
-        return bilevel.solve(problem, "cg", steps=3)
+        return bilevel.solve(problem, "cg", steps=3, outer_optimizer=lambda t: torch.optim.SGD(t, lr=0.1))
 
     few = run()
     monkeypatch.setattr("bilevel.inner.lbfgs.MANY", 20)
     many = run()
-    assert many.outer_loss == pytest.approx(few.outer_loss, rel=1e-9)
-    assert max(record.inner_steps / record.inner_solves for record in many.history) <= 4
-    assert min(record.inner_steps / record.inner_solves for record in few.history) > 4
+    assert many.outer_loss == pytest.approx(few.outer_loss, rel=1e-6)
+    steps, before = (sum(record.inner_steps for record in found.history) for found in (many, few))
+    assert 2 * steps <= before
     assert many.start.gradients < few.start.gradients
