@@ -1,4 +1,4 @@
-"""A weight decay for each weight of a network, by three methods.
+"""A weight decay for each weight of a network, by two methods.
 
     python -m benchmarks scaling --only decays
 
@@ -28,7 +28,6 @@ SGD = bilevel.inner.SGD(lr=0.1, steps=20)
 METHODS: dict[str, tuple[Any, Any]] = {
     "cg, 10 products": (bilevel.Implicit(bilevel.CG(max_steps=10)), SGD),
     "last 5 of 20 steps": (bilevel.Truncated(steps=5), SGD),
-    "20 steps within 2 GB": (bilevel.Unroll(memory="2GB"), SGD),
 }
 
 
