@@ -4,6 +4,7 @@ from bilevel.inner.base import InnerSolution, InnerSolver, Task
 from bilevel.inner.custom import Custom
 from bilevel.inner.lbfgs import LBFGS
 from bilevel.inner.newton import Newton
+from bilevel.inner.newton_cg import NewtonCG
 from bilevel.inner.optimizers import SGD, Adam, AdamW, RMSProp
 from bilevel.inner.proximal import Proximal
 from bilevel.inner.proximal_gradient import ProximalGradient
@@ -17,6 +18,7 @@ __all__ = [
     "InnerSolution",
     "InnerSolver",
     "Newton",
+    "NewtonCG",
     "Proximal",
     "ProximalGradient",
     "RMSProp",

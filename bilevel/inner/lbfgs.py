@@ -74,7 +74,7 @@ class LBFGS:
             )
         first = task.start_gradient_norm(upper)
         threshold = self._rtol(next(iter(lower.values())).dtype, task.slack) * first
-        system, linearize = _linearized(task, lower, upper)
+        system, linearize = linearized(task, lower, upper)
         if float(norm(system.residual)) <= threshold:
             return InnerSolution(lower, 0, "converged")
         w, steps, pairs = lower, 0, None
@@ -107,7 +107,7 @@ class LBFGS:
 _Linearize = Callable[[Task, Vector, Vector], System]
 
 
-def _linearized(task: Task, lower: Vector, upper: Vector) -> tuple[System, _Linearize]:
+def linearized(task: Task, lower: Vector, upper: Vector) -> tuple[System, _Linearize]:
     """Return the inner problem to first order, and what products with the Hessian are made of."""
     try:
         return Linearization(task, lower, upper), Linearization
@@ -130,7 +130,7 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
         if not math.isfinite(value):
             raise NonFiniteError(f"the inner loss became {value} during L-BFGS; {NAN_ADVICE}", "inner loss")
         if max(float(np.abs(x).max()), float(np.abs(flat).max())) > BEYOND:
-            raise _no_minimum(f"{value:.0e}")
+            raise no_minimum(f"{value:.0e}")
         trail.evaluated(x, flat)
         return value, flat * unit
 
@@ -139,7 +139,7 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
         size = trail.accepted(x)
         unchanged = unchanged + 1 if size is not None and abs(size - first) <= UNCHANGED * first else 0
         if unchanged > PATIENCE:
-            raise _no_minimum(f"{float(np.abs(x).max()):.0e}")
+            raise no_minimum(f"{float(np.abs(x).max()):.0e}")
         return size is not None and size <= threshold
 
     start = flatten(lower).double().cpu().numpy() / unit
@@ -150,9 +150,10 @@ def _descend(task: Task, lower: Vector, upper: Vector, unit: Array, threshold: f
     return InnerSolution(variables(result.x), int(result.nit), "converged" if done else unfinished, pairs=pairs)
 
 
-def _no_minimum(value: str) -> NonFiniteError:
+def no_minimum(value: str, walker: str = "L-BFGS") -> NonFiniteError:
+    """Return the error for a loss that falls without end."""
     return NonFiniteError(
-        f"the inner loss has no minimum: L-BFGS went to {value} and on; add a regularization that grows "
+        f"the inner loss has no minimum: {walker} went to {value} and on; add a regularization that grows "
         "with the variables",
         "inner loss",
     )
