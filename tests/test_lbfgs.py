@@ -46,6 +46,25 @@ def test_lbfgs_reaches_its_tolerance(scales: Tensor, rtol: float) -> None:
     assert found.params.dtype == scales.dtype
 
 
+def test_newton_steps_finish_where_the_condition_is_bad() -> None:
+    """Conjugate gradients restarted every 500 products left 8e-4 of the gradient here."""
+    curvature = torch.logspace(-6, 0, 3000, dtype=torch.float64)
+    u, b = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = u / u.norm()
+
+    def loss(w: Tensor, h: Tensor) -> Tensor:
+        turned = w - 2.0 * u.dot(w) * u
+        return 0.5 * (curvature * turned**2).sum() + h * 1e-7 * (w**2).sum() - b.dot(w)
+
+    solver = inner.LBFGS(max_steps=300)
+    problem = bilevel.BilevelProblem(
+        loss, lambda w, h: (w**2).mean(), torch.zeros(3000, dtype=torch.float64), bilevel.positive(0.1), solver
+    )
+    found = bilevel.hypergradient(problem, "cg")
+    assert found.certificate.inner_residual is not None
+    assert found.certificate.inner_residual <= 1e-9
+
+
 def test_lbfgs_takes_a_tighter_tolerance() -> None:
     found = bilevel.hypergradient(quadratic(torch.logspace(0, 2, 20).double(), inner.LBFGS(rtol=1e-13)))
     assert found.certificate.inner_residual is not None

@@ -40,7 +40,7 @@ ENOUGH = 0.1  # part of the tolerance below which none aims
 # From so many variables on the 40 vectors of an L-BFGS step cost more than a gradient does. Newton steps take up to
 # twice as many products; they are tried below this part of the first gradient, or at the last solution.
 MANY, NEAR = 100_000, 1e-2
-NEWTON_PRODUCTS = 500  # most products of one Newton step
+NEWTON_PRODUCTS = 2000  # most products of one Newton step: restarted more often, conjugate gradients stall
 
 
 @dataclass(frozen=True)
