@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from bilevel.solvers.base import Linearization, OuterGradient, Response, add_terms, negative, outer_gradient
 from bilevel.vector import Vector, norm, subtract
 
@@ -43,13 +46,25 @@ class Directions:
     rhs: float
 
 
+class Joint(Linearization):
+    """R at one point with its graph, where one backward pass reaches w and λ at once."""
+
+    def pull_both(self, v: Vector) -> tuple[Vector, dict[str, Tensor | None]]:
+        """Return H v and (dR/dλ)^T v; this costs little more than H v alone, and counts as one product."""
+        self._cost.products += 1
+        onto = {f"{kind} {name}": t for kind, at in (("w", self._lower), ("h", self._upper)) for name, t in at.items()}
+        grads = self._pull(onto, v)
+        product = {n: torch.zeros_like(t) if (g := grads[f"w {n}"]) is None else g for n, t in self._lower.items()}
+        return product, {name: grads[f"h {name}"] for name in self._upper}
+
+
 class Source(Protocol):
     """Where directions come from: one draw after another."""
 
     exact: bool
     """Every draw is the whole problem."""
     outer: OuterGradient
-    system: Linearization
+    system: Joint
     """What the last draw was differentiated from."""
 
     def linearize(self, w: Vector, upper: Vector) -> Linearization:
@@ -88,7 +103,7 @@ class Minibatches:
             self._response.redraw()
         self._drawn = True
         if not self.exact or self._linear_at is not w:
-            self.system, self._linear_at = Linearization(self._response, w, upper), w
+            self.system, self._linear_at = Joint(self._response, w, upper), w
         return self.system
 
     def look(self, w: Vector, upper: Vector) -> None:
@@ -106,10 +121,12 @@ class Minibatches:
     def directions(self, w: Vector, v: Vector, upper: Vector, outward: bool) -> Directions:
         """See `Source.directions`."""
         self.look(w, upper)
-        product = self.system.operator(v)
         found = None
         if outward:
-            found = add_terms(self._response, self.outer.upper, negative(self.system.pull_back(v)), upper, UNSEEN)
+            product, through = self.system.pull_both(v)
+            found = add_terms(self._response, self.outer.upper, negative(through), upper, UNSEEN)
+        else:
+            product = self.system.operator(v)
         defect = subtract(product, self.outer.lower)
         return Directions(self.system.residual, defect, found, self.outer.loss, product, float(norm(self.outer.lower)))
 

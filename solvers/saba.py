@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel.errors import InvalidValueError
 from bilevel.solvers.about import About, Terms
 from bilevel.solvers.base import Linearization, Response, add_terms, negative, outer_gradient, present, ratio
-from bilevel.solvers.directions import UNSEEN, Directions, Minibatches, Source
+from bilevel.solvers.directions import UNSEEN, Directions, Joint, Minibatches, Source
 from bilevel.solvers.linear.base import check_count, dtype_of
 from bilevel.solvers.single_loop import DRAWS, Moving
 from bilevel.solvers.soba import SOBA
@@ -162,7 +162,7 @@ class Memory:
         """See `Source.linearize`: random blocks, in proportion to their sizes."""
         self._at = [int(torch.multinomial(torch.tensor(weights), 1)) for weights in self._weights]
         self._take(*self._at)
-        self.system = Linearization(self._response, w, upper)
+        self.system = Joint(self._response, w, upper)
         return self.system
 
     def look(self, w: Vector, upper: Vector) -> None:
@@ -179,13 +179,15 @@ class Memory:
         """See `Source.directions`."""
         self.look(w, upper)
         i, j = self._at
-        product, rhs = self.system.operator(v), float(norm(self.outer.lower))
-        found = None
+        found, rhs = None, float(norm(self.outer.lower))
         if outward:
-            through = self._tables["through"].reduced(i, present(self.system.pull_back(v)))
+            product, pulled = self.system.pull_both(v)
+            through = self._tables["through"].reduced(i, present(pulled))
             direct = self._tables["by_upper"].reduced(j, present(self.outer.upper))
             terms: list[dict[str, Tensor | None]] = [dict.fromkeys(upper) | part for part in (direct, through)]
             found = add_terms(self._response, terms[0], negative(terms[1]), upper, UNSEEN)
+        else:
+            product = self.system.operator(v)
         bent = self._tables["product"].reduced(i, product)
         pull = self._tables["by_lower"].reduced(j, self.outer.lower)
         residual = self._tables["residual"].reduced(i, self.system.residual)

@@ -22,9 +22,11 @@ from bilevel.solvers.tracking import Here, Tracking
 from bilevel.vector import Vector, axpy, detach, dot, is_finite, norm, scale, zeros_like
 
 DRAWS = 4  # batches on which the curvature is measured
-RECHECK = 50  # calls after which it is measured again: λ moves
+RECHECK = 200  # calls after which it is measured again: w moves
 FAR = 0.5  # or where a hyperparameter has moved so far, relative: a step of 1 / L will do until L has doubled
 FARTHER = 1.0  # the smallest one, which takes more products and moves no step
+SAME = 0.2  # a relative change of it after which it may be twice as far until the next time
+FARTHEST = (2.0, 8.0)  # but no farther: of the largest one, which the steps of v watch over too, and of the smallest
 GREW_INNER = 2.0  # or where the inner gradient of fixed data has: right steps do not let it grow
 ROUNDS = 8  # hypergradients of the first call, whose spread is its standard error
 HALVES = 500  # steps after which a decaying step size has begun to fall
@@ -43,6 +45,7 @@ class Kept(TypedDict):
         largest: the largest curvature met.
         at: λ where it was measured.
         lowest_at: λ where the smallest one was.
+        far: how far λ may go until each of them is measured again.
         count: steps so far.
         gradient: the hypergradient, for its moving average.
         tracking: see `Tracking`.
@@ -54,6 +57,7 @@ class Kept(TypedDict):
     largest: float
     at: Vector
     lowest_at: Vector
+    far: tuple[float, float]
     count: int
     gradient: Vector
     tracking: dict[str, Any]
@@ -71,6 +75,7 @@ class Moving:
         self.largest = 0.0 if kept is None else kept["largest"]
         self.at: Vector = {} if kept is None else kept["at"]
         self.lowest_at: Vector = {} if kept is None else kept["lowest_at"]
+        self.far, self.farther = (FAR, FARTHER) if kept is None else kept["far"]
         self.count = 0 if kept is None else kept["count"]
         self.grew = False
         self._least, self._allowed = math.inf, GREW_INNER
@@ -165,19 +170,22 @@ class Loop:
         left = None if kept is None else kept["tracking"]
         tracking = Tracking.resumed(source.exact, response.held, self.forgets, left)
         several = kept is None and not source.exact
-        far = _moved(moving.at, upper, FAR)
+        far = _moved(moving.at, upper, FAR if source.exact else moving.far)
         if far:
-            moving.largest, moving.at = _largest(_systems(source, moving, upper)), detach(upper)
+            before, moving.largest, moving.at = (
+                moving.largest,
+                _largest(_systems(source, moving, upper)),
+                detach(upper),
+            )
+            moving.far = _reach(moving.far, FAR, FARTHEST[0], before, moving.largest)
         if kept is None:
             self._warm(moving, source, upper, tracking, self.warmup // 2 if several else self.warmup)
         rounds = [self._round(moving, source, upper, tracking, several) for _ in range(ROUNDS if several else 1)]
         last, gradients = rounds[-1][1], [gradient for gradient, _ in rounds]
         gradient = tracking.sampled(gradients, None if kept is None else kept["gradient"], self.momentum, self.averages)
         loss = sum(found.loss for _, found in rounds) / len(rounds) if self.averages else last.loss
-        if not source.exact and (_moved(moving.lowest_at, upper, FARTHER) or tracking.calls % RECHECK == 0):
-            systems, moving.lowest_at = _systems(source, moving, upper), detach(upper)
-            moving.largest, tracking.lowest = _largest(systems), _smallest(systems, moving.w)
-            tracking.highest = moving.largest
+        if not source.exact and tracking.noise is not None:  # no verdict waits for it else
+            self._measure(moving, source, upper, tracking)
         here = Here(source.outer, source.system, moving.w, moving.v, upper, last, gradient, moving.grew)
         certificate = tracking.certificate(response, here, far)
         if tracking.highest is not None and source.exact:
@@ -188,6 +196,7 @@ class Loop:
             largest=moving.largest,
             at=moving.at,
             lowest_at=moving.lowest_at,
+            far=(moving.far, moving.farther),
             count=moving.count,
             gradient=gradient,
             tracking=tracking.state(),
@@ -204,6 +213,16 @@ class Loop:
         size = (1.0 if source.exact else self.reach) / moving.largest if moving.largest > 0.0 else 1.0
         decay = self.decay if self.decay is not None else 0.0 if source.exact else self.falls
         return (size if self.lr is None else self.lr) / float((1.0 + moving.count / HALVES) ** decay)
+
+    def _measure(self, moving: Moving, source: Source, upper: Vector, tracking: Tracking) -> None:
+        """Measure both ends of the curvature on a few draws where that is due."""
+        if not _moved(moving.lowest_at, upper, moving.farther) and tracking.calls % RECHECK:
+            return
+        systems, before, first = _systems(source, moving, upper), tracking.lowest, not moving.lowest_at
+        moving.largest, tracking.lowest = _largest(systems), _smallest(systems, moving.w)
+        tracking.highest, moving.at, moving.lowest_at = moving.largest, detach(upper), detach(upper)
+        if not first:
+            moving.farther = _reach(moving.farther, FARTHER, FARTHEST[1], before or 0.0, tracking.lowest)
 
     def _watch(self, moving: Moving, source: Source, upper: Vector, residual: Vector) -> None:
         """Measure the curvature again where w runs away."""
@@ -238,6 +257,11 @@ def _moved(at: Vector, upper: Vector, far: float) -> bool:
     return not at or any(
         bool((t - at[name]).norm() > far * min(t.norm(), at[name].norm())) for name, t in upper.items()
     )
+
+
+def _reach(far: float, least: float, most: float, before: float, now: float) -> float:
+    """Return how far λ may go until a curvature is measured again: farther where the last move hardly changed it."""
+    return min(2.0 * far, most) if abs(now - before) <= SAME * min(abs(now), abs(before)) else least
 
 
 def _systems(source: Source, moving: Moving, upper: Vector) -> list[Linearization]:

@@ -38,6 +38,7 @@ EVERY = 20  # calls from one correction to the next
 CHANGED = 3.0  # or where the residuals have grown by this factor
 SPENT = 200  # products that a correction is measured by: its two solves may take half of them each
 HORIZON = 100.0  # steps over which directions are averaged
+REACHES = 10  # calls from one look at how far the mean of D_v reaches into D_λ to the next: it changes slowly
 CALLS = 20.0  # calls over which the spread of D_λ is taken
 DEVIATIONS = 2.0  # standard errors that count as the error: one is exceeded in a third of the cases
 FEWEST = 5  # calls before that spread is known
@@ -111,6 +112,7 @@ class Tracking:
         outer: mean of D_λ over the calls.
         noise: of the last hypergradient; None: not known.
         bend: mean of v·Hv / v·v.
+        reach: how far the mean of D_v reaches into D_λ, relative to its length; None: not yet measured.
         lowest, highest: curvatures measured; None: not yet.
         unit: scale of the inner gradient.
         error, moved, residuals: the last correction, and the residuals there.
@@ -127,6 +129,7 @@ class Tracking:
     outer: Mean = field(default_factory=Mean)
     noise: float | None = None
     bend: float | None = None
+    reach: float | None = None
     lowest: float | None = None
     highest: float | None = None
     unit: float = 0.0
@@ -262,8 +265,9 @@ class Tracking:
         elif low <= FLAT * (self.highest or 0.0) or low <= 0.0:
             wrong.append(_NO_CURVATURE)
         else:
-            reach = float(norm(present(here.system.pull_back(lag))))
-            reach *= ratio(self.adjoint.size(self.forgets), float(norm(lag)))
+            if self.reach is None or self.calls % REACHES == 0:
+                self.reach = ratio(float(norm(present(here.system.pull_back(lag)))), float(norm(lag)))
+            reach = self.reach * self.adjoint.size(self.forgets)
             bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
             error = bias + DEVIATIONS * noise + self._rounding(here.lower)
         hint = _told(bias, DEVIATIONS * (noise or 0.0))
