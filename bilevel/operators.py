@@ -93,14 +93,10 @@ class LinearOperator:
 
     def dense(self) -> Tensor:
         """Return the matrix `(size, size)`."""
-        first = next(iter(self.like.values()))
-        n = self.size
-        columns = torch.empty(n, n, dtype=first.dtype, device=first.device)
+        first, n = next(iter(self.like.values())), self.size
+        columns = torch.eye(n, dtype=first.dtype, device=first.device)
         for begin in range(0, n, BLOCK):
-            end = min(begin + BLOCK, n)
-            units = torch.zeros(end - begin, n, dtype=first.dtype, device=first.device)
-            units[torch.arange(end - begin), torch.arange(begin, end)] = 1.0
-            columns[begin:end] = self.each(units)
+            columns[begin : begin + BLOCK] = self.each(columns[begin : begin + BLOCK])
         return columns.T
 
     def each(self, rows: Tensor) -> Tensor:

@@ -113,15 +113,15 @@ def _factor_definite(A: Tensor, rounding: float) -> tuple[Tensor, float] | None:
     matrices, Numerische Mathematik 14 (1969)): strengths ten decades apart round each its own rows only.
     """
     diagonal = A.diagonal()
-    if not bool((diagonal > 0.0).all()):
+    low, high = (float(end) for end in torch.aminmax(diagonal))
+    if not low > 0.0:
         return None
-    even = bool(diagonal.max() <= EVEN * diagonal.min())
-    root = torch.ones_like(diagonal) if even else diagonal.sqrt()
-    factor, info = torch.linalg.cholesky_ex(A / root / root[:, None])
+    even, root = high <= EVEN * low, diagonal.sqrt()
+    factor, info = torch.linalg.cholesky_ex(A if even else A / root / root[:, None])
     if int(info):
         return None
     smallest = smallest_value(factor)
-    if not smallest > rounding * float(A.abs().max() if even else 1.0):
+    if not smallest > rounding * (high if even else 1.0):  # no entry of a definite matrix is above its diagonal
         return None
     if even:
         return factor, smallest
@@ -142,7 +142,7 @@ def by_factor(factor: Tensor) -> Preconditioner:
 def smallest_value(factor: Tensor) -> float:
     """Return the smallest eigenvalue of the matrix that `factor` is of, from above, by inverse iteration."""
     # A random start: a symmetric problem has eigenvectors that ones are orthogonal to.
-    v = torch.randn(len(factor), generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
+    v = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0), dtype=factor.dtype).to(factor.device)
     for _ in range(INVERSE_STEPS):
-        v = torch.cholesky_solve((v / v.norm())[:, None], factor)[:, 0]
-    return float(((factor.T @ v).norm() / v.norm()) ** 2)
+        v = torch.cholesky_solve(v / torch.linalg.vector_norm(v), factor)
+    return float(torch.linalg.vector_norm(factor.T @ v) / torch.linalg.vector_norm(v)) ** 2
