@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -62,8 +63,12 @@ def test_a_clear_error_takes_no_correction() -> None:
     assert found.cost.gradients == 4  # f twice, R at w, and at the start for its scale
 
 
-def test_a_hypergradient_that_all_but_vanishes_is_not_clear() -> None:
-    """Where B^T v cancels, and B, v and ∂f/∂w do not vanish, the error must not be held against B^T v alone."""
+@pytest.mark.parametrize("rtol", [1e-8, 1e-13])
+def test_a_hypergradient_that_all_but_vanishes_is_not_clear(rtol: float) -> None:
+    """Where B^T v cancels, and B, v and ∂f/∂w do not vanish, the error must not be held against B^T v alone.
+
+    An adjoint without an error says nothing of it: what is left comes from the inner solution.
+    """
     target = B / (CURVATURES + 0.1) + 0.3 * torch.randn(N, dtype=torch.float64, generator=DICE)
 
     def slope(h: float) -> float:
@@ -83,7 +88,8 @@ def test_a_hypergradient_that_all_but_vanishes_is_not_clear() -> None:
             torch.tensor(h, dtype=torch.float64),
         )
         params = B / (CURVATURES + h) * (1.0 + 1e-8 * torch.randn(N, dtype=torch.float64, generator=DICE))
-        found = bilevel.hypergradient(problem, "cg", params=params, on_untrusted="ignore")
+        method = bilevel.Implicit(bilevel.CG(rtol=rtol))
+        found = bilevel.hypergradient(problem, method, params=params, on_untrusted="ignore")
         error, true = found.certificate.error, abs(float(found.gradient) / slope(h) - 1.0)
         assert error is None or min(true, 1.0) <= 3.0 * error, (off, true, error)
 
