@@ -206,7 +206,7 @@ class _Given:
             return found, 0.0
         change = self._change_within(1.0 / found.curvature)
         if ratio(change, self.size(self.gradient)) > MEASURED:
-            found = solve(residual, scale, lambda bound: False)
+            found = solve(residual, 0.0, lambda bound: False)  # even below the floor: the curvature is known
         return found, 0.0 if _any(found.value) else change
 
     def _change_within(self, longest: float) -> float:

@@ -90,6 +90,19 @@ def test_where_float32_will_do_nothing_is_done_twice(monkeypatch: pytest.MonkeyP
     assert bilevel.hypergradient(problem).cost == found.cost
 
 
+@pytest.mark.parametrize("losses", [ridge, logistic])
+def test_a_residual_of_rounding_size_is_solved_for(monkeypatch: pytest.MonkeyPatch, losses: Callable[..., Any]) -> None:
+    """A bound of what it may change is a thousand times too large: all of it would lie along the smallest curvature."""
+    monkeypatch.setattr("bilevel.solvers.implicit.short_of_digits", lambda certificate, lower: False)
+    data, strength = ill_conditioned(1e4), 0.5e-4
+    inner_loss, outer_loss = losses(*data)
+    problem = BilevelProblem(inner_loss, outer_loss, torch.zeros(N), positive(strength))
+    found = bilevel.hypergradient(problem, Implicit(CG()))
+    error = found.certificate.error
+    assert found.certificate.verdict == "exact" and error is not None
+    assert distance(found.gradient, truth_of(losses, data, strength)) <= 1.5 * error
+
+
 def test_solve_goes_on_through_ill_conditioned_float32() -> None:
     data = ill_conditioned(1e6)
     narrow = BilevelProblem(*ridge(*data), torch.zeros(N), positive(1e-6, high=1e3))
