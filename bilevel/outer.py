@@ -35,6 +35,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
 from bilevel.solvers import Estimator, about
+from bilevel.solvers.single_loop import Loop
 
 OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
 
@@ -123,7 +124,7 @@ def solve(
     check_problem(problem)
     check_on_untrusted(on_untrusted)
     _check_run(steps, tol, callbacks)
-    chosen, notes = settled(problem, method)
+    chosen, notes = _begun(problem, method)
     optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     dtype = next(iter(problem.hparams.layout.start.values())).dtype
@@ -141,6 +142,12 @@ def solve(
     if about(chosen).begins != "last" or not solution.certificate.trusted:  # their first ones are a transient
         _report_run(solution, on_untrusted)
     return solution
+
+
+def _begun(problem: BilevelProblem, method: str | Estimator) -> tuple[Estimator, tuple[str, ...]]:
+    """Return the method as it begins a run, and what to say of the choice."""
+    chosen, notes = settled(problem, method)
+    return (chosen.in_a_run() if isinstance(chosen, Loop) and not problem.deterministic else chosen), notes
 
 
 def _walk(run: Run, keeper: Keeper, optimizer: Any) -> str:

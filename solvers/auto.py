@@ -158,7 +158,7 @@ def _single_loop(facts: Facts) -> Choice:
         "variables itself; inner_solver=bilevel.inner.Adam(lr=..., steps=...) would train between outer steps"
     )
     held = (facts.graph_bytes + 4 * facts.inner * facts.number_bytes) / 1e6
-    also = f"{method.warmup:,} steps of 2 gradients and a product in the first call; later:"
+    also = f"{method.first:,} steps of 2 gradients and a product in the first call; later:"
     return Choice(method, "soba", why, 2 * method.steps, method.steps + 1, held, also)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict
 
 from bilevel.certificate import Hypergradient
@@ -28,6 +28,7 @@ FARTHER = 1.0  # the smallest one, which takes more products and moves no step
 SAME = 0.2  # a relative change of it after which it may be twice as far until the next time
 FARTHEST = (2.0, 8.0)  # but no farther: of the largest one, which the steps of v watch over too, and of the smallest
 GREW_INNER = 2.0  # or where the inner gradient of fixed data has: right steps do not let it grow
+ALONE, BEGINS = 1000, 100  # steps of the first call, of one hypergradient alone and of a run on minibatches
 ROUNDS = 8  # hypergradients of the first call, whose spread is its standard error
 HALVES = 500  # steps after which a decaying step size has begun to fall
 GREW = 1e3  # a defect this many times the right-hand side, along negative curvature, is no transient
@@ -134,13 +135,14 @@ class Loop:
             of the theorem for decreasing steps), 0 on fixed data, which needs no decay.
         momentum: share of the last hypergradient in the next one, in [0, 1): larger is less noisy and lags behind.
         warmup: steps of the first call, which has nothing to start from; on fixed data it ends earlier where w and v
-            stand still. More is more accurate and slower.
+            stand still. More is more accurate and slower. None: 1,000, and 100 where `solve` begins on streams of
+            minibatches: the steps of λ that follow move w and v on, and the first certificates say that they lag.
     """
 
     lr: float | None = None
     decay: float | None = None
     momentum: float = 0.0
-    warmup: int = 1000
+    warmup: int | None = None
 
     reach: ClassVar[float] = 1.0
     """Step size times the largest curvature on minibatches, where that is measured."""
@@ -152,13 +154,23 @@ class Loop:
     """v is found anew in every call."""
 
     def __post_init__(self) -> None:
-        check_count(self.warmup, "warmup")
+        if self.warmup is not None:
+            check_count(self.warmup, "warmup")
         if self.lr is not None and not self.lr > 0.0:
             raise InvalidValueError(f"`lr` is {self.lr!r}, expected a positive number, or None to have it measured")
         if self.decay is not None and not 0.0 <= self.decay <= 1.0:
             raise InvalidValueError(f"`decay` is {self.decay!r}, expected 0 <= decay <= 1, or None")
         if not 0.0 <= self.momentum < 1.0:
             raise InvalidValueError(f"`momentum` is {self.momentum!r}, expected 0 <= momentum < 1")
+
+    @property
+    def first(self) -> int:
+        """Steps of the first call."""
+        return ALONE if self.warmup is None else self.warmup
+
+    def in_a_run(self) -> Loop:
+        """Return the method as it begins a run on minibatches."""
+        return replace(self, warmup=BEGINS) if self.warmup is None else self
 
     def __call__(
         self, response: Response, lower: Vector, upper: Vector, state: State = None
@@ -179,7 +191,7 @@ class Loop:
             )
             moving.far = _reach(moving.far, FAR, FARTHEST[0], before, moving.largest)
         if kept is None:
-            self._warm(moving, source, upper, tracking, self.warmup // 2 if several else self.warmup)
+            self._warm(moving, source, upper, tracking, self.first // 2 if several else self.first)
         rounds = [self._round(moving, source, upper, tracking, several) for _ in range(ROUNDS if several else 1)]
         last, gradients = rounds[-1][1], [gradient for gradient, _ in rounds]
         gradient = tracking.sampled(gradients, None if kept is None else kept["gradient"], self.momentum, self.averages)

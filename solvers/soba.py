@@ -73,7 +73,7 @@ class SOBA(Loop):
         self, moving: Moving, source: Source, upper: Vector, tracking: Tracking, several: bool
     ) -> tuple[Vector, Directions]:
         every = several and self.averages
-        steps = max(self.steps, self.warmup // (2 * ROUNDS)) if every else self.steps
+        steps = max(self.steps, self.first // (2 * ROUNDS)) if every else self.steps
         total = zeros_like(upper)
         for step in range(steps):
             outward = every or step == steps - 1
