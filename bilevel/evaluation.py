@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -138,6 +139,25 @@ class Evaluator:
             return start if self.lower is None else self.lower, 0, "moved by the method"
         solution = response.solve_inner(start if self.lower is None else self.lower, upper)
         return solution.value, solution.steps, solution.status
+
+
+NEARER = 0.9  # factor of the inner residual of one more training; above it, more of them are no help
+TRAININGS = 50  # most at one point
+
+
+def trained_on(evaluation: Evaluation, again: Callable[[], Evaluation]) -> Evaluation:
+    """Train on from an untrusted inner solution while that brings it nearer.
+
+    A loop that takes a fixed number of steps may be too short for its first solution, not for those that begin there.
+    """
+    before = math.inf
+    for _ in range(TRAININGS):
+        certificate, done = evaluation.hypergradient.certificate, evaluation.inner_status == "converged"
+        residual = certificate.inner_residual
+        if certificate.trusted or done or not residual or not residual < NEARER * before:
+            break
+        before, evaluation = residual, again()
+    return evaluation
 
 
 _BUFFERS = (

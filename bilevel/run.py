@@ -13,7 +13,7 @@ import torch
 
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.errors import NonFiniteError
-from bilevel.evaluation import Evaluation, Evaluator, report_untrusted
+from bilevel.evaluation import Evaluation, Evaluator, report_untrusted, trained_on
 from bilevel.point import Point
 from bilevel.randomness import get_random, set_random
 from bilevel.slack import START, may_loosen, next_slack, tightened
@@ -61,7 +61,7 @@ class Run:
         self.history: list[Record] = []
         self._on_untrusted = on_untrusted
         self._accepted: Point | None = None
-        self._adapts = self._loosens = False
+        self._adapts = self._loosens = self._trains_on = False
         self._spent, self._inner_steps, self._solves = Cost(), 0, 0
         self._clock = time.perf_counter()
         hparams = evaluator.problem.hparams
@@ -69,7 +69,8 @@ class Run:
         self.low, self.high = hparams.bounds()
 
     def allow_slack(self) -> None:
-        """Let the tolerances follow the outer progress, where that does no harm."""
+        """Let the tolerances follow the outer progress, where that does no harm, and training go on."""
+        self._trains_on = about(self.evaluator.estimator).begins == "solution" and self._on_untrusted != "ignore"
         self._adapts = self._loosens = may_loosen(self.evaluator.estimator, self.evaluator.problem)
         self.evaluator.slack = START if self._loosens else 1.0
 
@@ -84,6 +85,8 @@ class Run:
                 break
             evaluator.slack, self._loosens = less, False
             evaluation = self._evaluation(natural)
+        if self._trains_on:
+            evaluation = trained_on(evaluation, lambda: self._evaluation(natural))
         found, slack = evaluation.hypergradient, evaluator.slack
         evaluator.slack = next_slack(slack, found.certificate) if self._loosens else 1.0
         gradient = hparams.chain(free, found.gradient)

@@ -72,6 +72,38 @@ def test_no_step_is_taken_from_an_untrusted_start() -> None:
         bilevel.solve(problem(3.0), Doubtful(above=0.5), on_untrusted="raise")
 
 
+def short_loop(goes_on: bool) -> BilevelProblem:
+    """One strength; 10 gradient steps on curvatures down to 0.1, from the last iterate or from zero every time."""
+    a = torch.tensor([1.0, 0.1], dtype=D)
+
+    def train(w: Any, h: Any) -> Any:
+        w = w.detach() if goes_on else torch.zeros_like(w)
+        for _ in range(10):
+            w = w - 0.9 * (a * (w - 1.0) + h.detach() * w)
+        return w
+
+    return BilevelProblem(
+        lambda w, h: (a * (w - 1.0) ** 2).sum() / 2 + h / 2 * (w**2).sum(),
+        lambda w, h: ((w - 0.8) ** 2).sum(),
+        torch.zeros(2, dtype=D),
+        bilevel.positive(torch.tensor(1e-3, dtype=D)),
+        inner_solver=train,
+    )
+
+
+def test_a_short_loop_trains_on_until_its_hypergradients_are_trusted() -> None:
+    solution = bilevel.solve(short_loop(goes_on=True), steps=20)
+    assert solution.start.verdict != "untrusted" and solution.start.inner_solves > 3
+    # The minimum of (1 / (1 + h) - 0.8)^2 + (0.1 / (0.1 + h) - 0.8)^2; without it, only 1/256 of the way is taken.
+    assert solution.converged and float(solution.hparams) == pytest.approx(0.02938049, abs=1e-7)
+
+
+def test_a_loop_that_begins_anew_is_not_trained_on_for_nothing() -> None:
+    with pytest.warns(bilevel.UntrustedHypergradientWarning, match="train the inner problem further"):
+        solution = bilevel.solve(short_loop(goes_on=False))
+    assert solution.status.startswith("untrusted: the hypergradient at the start") and solution.start.inner_solves < 5
+
+
 def test_ignored_doubts_hold_no_run_up() -> None:
     solution = bilevel.solve(problem(3.0), Doubtful(above=0.5, below=2.0), on_untrusted="ignore")
     assert solution.converged and float(solution.hparams) == pytest.approx(3.0, abs=1e-5)
@@ -95,5 +127,14 @@ def test_a_resumed_run_steps_back_the_same(tmp_path: Path) -> None:
     run(max(1, len(whole.history) - 1), Checkpoint(path, steps=1))
     with pytest.warns(bilevel.UntrustedHypergradientWarning):
         resumed = run(20, path)
+    assert torch.equal(whole.hparams, resumed.hparams)
+    assert [r.outer_loss for r in whole.history] == [r.outer_loss for r in resumed.history]
+
+
+def test_a_short_loop_trains_on_the_same_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    whole = bilevel.solve(short_loop(goes_on=True))
+    bilevel.solve(short_loop(goes_on=True), steps=1, checkpoint=Checkpoint(path, steps=1))
+    resumed = bilevel.solve(short_loop(goes_on=True), checkpoint=path)
     assert torch.equal(whole.hparams, resumed.hparams)
     assert [r.outer_loss for r in whole.history] == [r.outer_loss for r in resumed.history]
