@@ -54,7 +54,8 @@ def test_newton_steps_finish_where_the_condition_is_bad() -> None:
 
     def loss(w: Tensor, h: Tensor) -> Tensor:
         turned = w - 2.0 * u.dot(w) * u
-        return 0.5 * (curvature * turned**2).sum() + h * 1e-7 * (w**2).sum() - b.dot(w)
+        value: Tensor = 0.5 * (curvature * turned**2).sum() + h * 1e-7 * (w**2).sum() - b.dot(w)
+        return value
 
     solver = inner.LBFGS(max_steps=300)
     problem = bilevel.BilevelProblem(
