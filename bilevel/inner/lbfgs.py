@@ -73,7 +73,7 @@ class LBFGS:
                 'or method="soba", which needs no inner solver'
             )
         first = task.start_gradient_norm(upper)
-        threshold = self._rtol(next(iter(lower.values())).dtype, task.slack) * first
+        threshold = tolerance(self.rtol, next(iter(lower.values())).dtype, task.slack) * first
         system, linearize = linearized(task, lower, upper)
         if float(norm(system.residual)) <= threshold:
             return InnerSolution(lower, 0, "converged")
@@ -98,10 +98,10 @@ class LBFGS:
                 break
         return InnerSolution(w, steps, descent.status, pairs=pairs)
 
-    def _rtol(self, dtype: torch.dtype, slack: float) -> float:
-        if self.rtol is not None:
-            return self.rtol
-        return loosened(1e-9 if dtype == torch.float64 else 1e-5, slack, LOOSEST)
+
+def tolerance(rtol: float | None, dtype: torch.dtype, slack: float) -> float:
+    """Return the user's tolerance, or the default for a number format with some slack."""
+    return rtol if rtol is not None else loosened(1e-9 if dtype == torch.float64 else 1e-5, slack, LOOSEST)
 
 
 _Linearize = Callable[[Task, Vector, Vector], System]

@@ -17,10 +17,10 @@ import torch
 
 from bilevel.errors import InvalidValueError
 from bilevel.inner.base import InnerSolution, Task
-from bilevel.inner.lbfgs import BEYOND, ENOUGH, LOOSEST, NEWTON_PRODUCTS, linearized, no_minimum
+from bilevel.inner.lbfgs import BEYOND, ENOUGH, NEWTON_PRODUCTS, linearized, no_minimum, tolerance
 from bilevel.solvers.base import System
 from bilevel.solvers.linear import CG
-from bilevel.solvers.linear.base import check_settings, loosened
+from bilevel.solvers.linear.base import check_settings
 from bilevel.vector import Vector, axpy, detach, dot, max_abs, norm
 
 ARMIJO = 1e-4  # part of the slope that a step has to gain
@@ -59,7 +59,7 @@ class NewtonCG:
                 "inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
             )
         first, h, dtype = task.start_gradient_norm(upper), detach(upper), next(iter(lower.values())).dtype
-        threshold, rounding = self._rtol(dtype, task.slack) * first, ROUNDING * torch.finfo(dtype).eps
+        threshold, rounding = tolerance(self.rtol, dtype, task.slack) * first, ROUNDING * torch.finfo(dtype).eps
         system, linearize = linearized(task, lower, upper)
         w, value, left = lower, _value(task, lower, h), float(norm(system.residual))
         for taken in range(self.max_steps):
@@ -79,11 +79,6 @@ class NewtonCG:
                 return InnerSolution(w, taken + 1, "stalled")
             value = lowered
         return InnerSolution(w, self.max_steps, "converged" if left <= threshold else "max_steps")
-
-    def _rtol(self, dtype: torch.dtype, slack: float) -> float:
-        if self.rtol is not None:
-            return self.rtol
-        return loosened(1e-9 if dtype == torch.float64 else 1e-5, slack, LOOSEST)
 
 
 def _value(task: Task, lower: Vector, upper: Vector) -> float:
