@@ -15,6 +15,7 @@ from benchmarks.problems import Dice, draw, inner_point
 from bilevel import CG, GMRES, MINRES, BilevelProblem, Implicit, Neumann, Truncated, inner, positive
 from bilevel.oracle import KnownProblem
 from bilevel.solvers import estimator
+from bilevel.solvers.linear import LinearSolver
 
 
 def not_converged(dice: Dice) -> Case:
@@ -28,8 +29,8 @@ def not_converged(dice: Dice) -> Case:
 def early(dice: Dice) -> Case:
     drawn = draw(dice, sizes=(10, 160), condition=(10, 1e5))
     steps = int(dice.log(1, 30))
-    solvers = {"cg": CG(max_steps=steps), "minres": MINRES(max_steps=steps), "gmres": GMRES(max_steps=steps)}
-    solvers["neumann"] = Neumann(max_steps=steps)  # type: ignore[assignment]
+    kinds = {"cg": CG, "minres": MINRES, "gmres": GMRES, "neumann": Neumann}
+    solvers: dict[str, LinearSolver] = {name: kind(max_steps=steps) for name, kind in kinds.items()}
     runs = [
         Run(name, Implicit(solver), drawn.known.problem(), drawn.known.truth.gradient, drawn.known.truth.params)
         for name, solver in solvers.items()

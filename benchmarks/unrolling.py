@@ -53,8 +53,8 @@ def problem(data: str, optimizer: str, steps: int, small: bool) -> bilevel.Bilev
     def loss(model: Any, h: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(model(batch[0]), batch[1])
 
-    batches = [(X[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(X) - BATCH + 1, BATCH)]
-    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    batches: Any = [(X[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(X) - BATCH + 1, BATCH)]
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)
     return bilevel.BilevelProblem(
         loss, loss, model, {"lr": bilevel.positive(rate)}, inner_solver=solver(lambda h: h["lr"]), inner_data=loader,
         outer_data=(Xv[:1000], yv[:1000]),

@@ -140,6 +140,7 @@ def test_conjugate_gradients_stop_for_each_member() -> None:
             problem.inner_loss, problem.outer_loss, torch.zeros(90, dtype=D), positive(0.5), inner_data=a, outer_data=a
         )
         alone.append(bilevel.hypergradient(one, "cg", params=w).cost.products)
+    # A member alone may have its error from CG's coefficients; a family takes a loose solve for it.
     assert found.cost.products <= 1.1 * max(alone), "the hardest member decides, not the spectrum of all"
     assert found.certificate.curvature == pytest.approx(1e-3, rel=0.02)
 

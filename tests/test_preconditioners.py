@@ -14,6 +14,7 @@ from bilevel.evaluation import Evaluator
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.response import ProblemResponse
 from bilevel.solvers.linear import LinearSolution
+from bilevel.solvers.linear.cg import PROBATION
 from bilevel.solvers.linear.diagonal import badly_scaled, estimate_diagonal
 from bilevel.solvers.linear.secant import InverseEstimate
 
@@ -40,7 +41,8 @@ def test_a_badly_scaled_system_takes_fewer_steps_and_has_the_same_answer(chosen:
     plain = bilevel.CG(preconditioner=None, max_steps=2000).solve(operator(BAD), RHS)
     scaled = bilevel.CG(preconditioner=chosen).solve(operator(BAD), RHS)
     truth = torch.linalg.solve(BAD, RHS["w"])
-    assert scaled.status == "converged" and scaled.steps < 0.65 * plain.steps
+    before = PROBATION if chosen == "auto" else 0  # steps without the diagonal
+    assert scaled.status == "converged" and scaled.steps - before < 0.2 * plain.steps
     # The condition number of the scaled system is about 10, so rtol 1e-8 is an error of about 1e-7 of the truth.
     assert float((scaled.value["w"] - truth).norm() / truth.norm()) < 1e-6
     assert scaled.curvature is not None and scaled.curvature > 0.0
@@ -173,7 +175,7 @@ def test_directions_of_one_solve_serve_the_next() -> None:
     near = DECAYING + 1e-5 * torch.eye(N, dtype=torch.float64)
     plain = bilevel.CG(preconditioner=None).solve(operator(near), RHS)
     again = bilevel.CG(preconditioner="lbfgs").solve(operator(near, kept=kept), RHS)
-    assert again.status == "converged" and again.steps < 0.8 * plain.steps
+    assert again.status == "converged" and again.steps < 0.8 * plain.steps  # 13 pairs take a quarter of the steps
     truth = torch.linalg.solve(near, RHS["w"])
     assert float((again.value["w"] - truth).norm() / truth.norm()) <= 1e-4  # rtol 1e-8 times a condition of 1e4
 
