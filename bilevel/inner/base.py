@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from bilevel.errors import InvalidValueError
 from bilevel.layout import Variables
 from bilevel.operators import Pairs
 from bilevel.prox.piece import Piece
@@ -99,3 +100,18 @@ class InnerSolver(Protocol):
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         """Return the inner variables that training from `lower` ends at."""
         ...
+
+
+def check_fixed_loss(task: Task, name: str, instead: str) -> None:
+    """Raise for batches that differ from call to call.
+
+    Args:
+        task: the inner problem.
+        name: of the solver.
+        instead: what takes steps on minibatches, as a sentence goes on after "or".
+    """
+    if not task.deterministic:
+        raise InvalidValueError(
+            f"{name} needs one fixed inner loss, and `inner_data` gives another batch at every call; give one batch "
+            f"(Tensors, or a Dataset, which is read whole), or {instead}"
+        )

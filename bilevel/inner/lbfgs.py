@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from bilevel.errors import NAN_ADVICE, InvalidValueError, NonFiniteError, NotTwiceDifferentiableError
-from bilevel.inner.base import InnerSolution, Task
+from bilevel.errors import NAN_ADVICE, NonFiniteError, NotTwiceDifferentiableError
+from bilevel.inner.base import InnerSolution, Task, check_fixed_loss
 from bilevel.minimize import Array, history, lbfgs
 from bilevel.operators import LinearOperator, Pairs
 from bilevel.solvers.base import Linearization, System
@@ -66,12 +66,8 @@ class LBFGS:
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         """See `InnerSolver.solve`."""
-        if not task.deterministic:
-            raise InvalidValueError(
-                "L-BFGS needs one fixed inner loss, and `inner_data` gives another batch at every call; give one batch "
-                "(Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...), "
-                'or method="soba", which needs no inner solver'
-            )
+        instead = 'inner_solver=bilevel.inner.Adam(lr=..., steps=...), or method="soba", which needs no inner solver'
+        check_fixed_loss(task, "L-BFGS", instead)
         first = task.start_gradient_norm(upper)
         threshold = tolerance(self.rtol, next(iter(lower.values())).dtype, task.slack) * first
         system, linearize = linearized(task, lower, upper)

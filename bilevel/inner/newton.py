@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import InvalidValueError, NonFiniteError
-from bilevel.inner.base import InnerSolution, Task
+from bilevel.inner.base import InnerSolution, Task, check_fixed_loss
 from bilevel.inner.stepwise import check_number
 from bilevel.operators import BLOCK
 from bilevel.solvers.linear.base import check_count
@@ -141,11 +141,7 @@ def _check(task: Task, lower: Vector) -> None:
             f"{n * n * 8 / 1e9:.1f} GB and {n:,} products a step (at most {LARGEST:,} are taken); write "
             "inner_solver=bilevel.inner.LBFGS()"
         )
-    if not task.deterministic:
-        raise InvalidValueError(
-            "inner.Newton needs one fixed inner loss, and `inner_data` gives another batch at every call; give one "
-            "batch (Tensors, or a Dataset, which is read whole), or inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
-        )
+    check_fixed_loss(task, "inner.Newton", "inner_solver=bilevel.inner.Adam(lr=..., steps=...)")
 
 
 def _check_curvature(hessian: Tensor, damping: float, t: int) -> None:

@@ -15,8 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from bilevel.errors import InvalidValueError
-from bilevel.inner.base import InnerSolution, Task
+from bilevel.inner.base import InnerSolution, Task, check_fixed_loss
 from bilevel.inner.lbfgs import BEYOND, ENOUGH, NEWTON_PRODUCTS, linearized, no_minimum, tolerance
 from bilevel.solvers.base import System
 from bilevel.solvers.linear import CG
@@ -52,12 +51,7 @@ class NewtonCG:
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         """See `InnerSolver.solve`."""
-        if not task.deterministic:
-            raise InvalidValueError(
-                "inner.NewtonCG needs one fixed inner loss, and `inner_data` gives another batch at every call; give "
-                "one batch (Tensors, or a Dataset, which is read whole), or "
-                "inner_solver=bilevel.inner.Adam(lr=..., steps=...)"
-            )
+        check_fixed_loss(task, "inner.NewtonCG", "inner_solver=bilevel.inner.Adam(lr=..., steps=...)")
         first, h, dtype = task.start_gradient_norm(upper), detach(upper), next(iter(lower.values())).dtype
         threshold, rounding = tolerance(self.rtol, dtype, task.slack) * first, ROUNDING * torch.finfo(dtype).eps
         system, linearize = linearized(task, lower, upper)

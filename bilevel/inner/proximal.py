@@ -20,8 +20,8 @@ from typing import ClassVar
 
 import torch
 
-from bilevel.errors import InvalidValueError, NonFiniteError
-from bilevel.inner.base import InnerSolution, Task
+from bilevel.errors import NonFiniteError
+from bilevel.inner.base import InnerSolution, Task, check_fixed_loss
 from bilevel.prox.base import Penalty, as_penalties, assign
 from bilevel.prox.piece import Piece
 from bilevel.solvers.base import Linearization
@@ -80,12 +80,8 @@ class Proximal:
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         """See `InnerSolver.solve`."""
-        if not task.deterministic:
-            raise InvalidValueError(
-                "inner.Proximal needs one fixed inner loss, and `inner_data` gives another batch at every call; give "
-                "one batch (Tensors, or a Dataset, which is read whole), or take steps on minibatches: "
-                "inner_solver=bilevel.inner.ProximalGradient(penalty, lr=..., momentum=0.0, steps=...)"
-            )
+        instead = "inner_solver=bilevel.inner.ProximalGradient(penalty, lr=..., momentum=0.0, steps=...)"
+        check_fixed_loss(task, "inner.Proximal", f"take steps on minibatches: {instead}")
         run = _Run(task, lower, upper, self.penalties)
         threshold = self._rtol(run.dtype) * task.start_gradient_norm(upper)
         while run.steps < self.max_steps:
