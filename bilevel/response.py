@@ -113,8 +113,8 @@ class ProblemResponse(Stepping):
             value, gradient = self._smooth(lower, upper)
         else:
             value, gradient = self.piece.evaluate(lower, lambda: self.hparams(upper), lambda w: self._smooth(w, upper))
-        at_start = all(torch.equal(t, lower[name]) for name, t in self._start.items())
-        if self._start_norm is None and self.piece is None and at_start:
+        first = self._start_norm is None and self.piece is None
+        if first and all(torch.equal(t, lower[name]) for name, t in self._start.items()):
             self._start_norm = float(norm(detach(gradient)))
         self.inner_loss = float(value.detach())
         if not math.isfinite(self.inner_loss):

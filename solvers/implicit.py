@@ -66,7 +66,8 @@ class Implicit:
 
     Args:
         linear_solver: `bilevel.CG()`, `bilevel.Cholesky()`, `bilevel.Neumann()` or any
-            `LinearSolver`; None: Cholesky up to 64 inner variables, CG above.
+            `LinearSolver`; None: Cholesky up to 64 inner variables, above CG, which up to 2,048 gives way to
+            Cholesky once it has cost as much.
     """
 
     linear_solver: LinearSolver | None = None

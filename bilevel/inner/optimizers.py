@@ -106,7 +106,7 @@ class SGD(Stepwise):
 
 @dataclass(frozen=True)
 class Adam(Stepwise):
-    """Adam, `torch.optim.Adam` (Kingma and Ba, ICLR 2015), on TorchOpt's transform.
+    """Adam, `torch.optim.Adam` (Kingma and Ba, ICLR 2015).
 
     Args:
         lr: learning rate; a number, `lambda h: ...` or `lambda h, step: ...`.
@@ -132,7 +132,7 @@ class Adam(Stepwise):
 
     @classmethod
     def tunable(cls) -> tuple[str, ...]:
-        """TorchOpt's moments take betas and eps as numbers."""
+        """The moments take betas and eps as numbers."""
         return ("lr", "weight_decay")
 
     def _direction(self, gradient: Vector, state: dict[str, Vector], t: int) -> tuple[Vector, float, dict[str, Vector]]:

@@ -149,7 +149,7 @@ class CG:
         chosen = self.preconditioner
         if chosen == "auto" and operator.factor is not None:
             return by_factor(operator.factor)
-        if chosen == "auto" and operator.kept is not None:
+        if chosen == "auto" and operator.kept and "diagonal" in operator.kept:
             return diagonal_of(operator.kept["diagonal"])
         if chosen is None or chosen == "auto":
             return Preconditioner(lambda r: r, 1.0)
