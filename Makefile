@@ -5,6 +5,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -14,20 +15,23 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.11 chooses the interpreter; ARGS='...' is handed on by demo and test."
 
-# One environment for every target, with [dev]: the demo alone needs [sklearn,plot] only, but torch, scipy and
-# scikit-learn are nearly all of the download, and two environments would install them twice.
-# The stamp makes a second call start at once; an install that was interrupted leaves none.
-$(STAMP): pyproject.toml setup.cfg constraints.txt
+# One environment: the demo needs [sklearn,plot] of it, all other targets need [dev], which is three times as much.
+# A stamp makes a second call start at once; an install that was interrupted leaves none.
+$(DEMO_STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bilevel needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
-	@rm -f $@
+	@rm -f $@ $(STAMP)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[sklearn,plot]'
+	@touch $@
+
+$(STAMP): $(DEMO_STAMP)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 install: $(STAMP) ## create .venv with the pinned versions and this package, editable
 
-demo: $(STAMP) ## run the main job: one L2 strength per feature, on real data
+demo: $(DEMO_STAMP) ## run the main job: one L2 strength per feature, on real data
 	$(BIN)/bilevel demo $(ARGS)
 
 # A worker per core, one thread each: threads of several workers would fight for the cores.
