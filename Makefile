@@ -9,7 +9,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format types doctest examples clean
+.PHONY: help install demo test lint format types doctest examples docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ examples: $(STAMP) ## run every examples/*.py without a display
 	    echo "== $$example"; (cd "$$out" && MPLBACKEND=Agg "$(CURDIR)/$(BIN)/python" "$(CURDIR)/$$example"); \
 	done
 
+# Warnings are errors; the gallery runs every example, so a page that is built is a page that works.
+docs: $(STAMP) ## build the site of the documentation into build/site
+	MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b html docs build/site
+
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/gallery docs/sg_execution_times.rst
 	find bilevel solvers tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

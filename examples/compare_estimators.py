@@ -1,4 +1,7 @@
-"""Which hypergradient estimator? Four problems, every method where it applies, error against cost.
+"""Which hypergradient estimator?
+==============================
+
+Four problems, every method where it applies, error against cost.
 
 Two columns of the tables are worth a look: `error` is the truth, `claimed` is what the certificate estimates without
 knowing it. Each panel of the picture teaches one thing; the sentence below it says which, and an assertion at the end

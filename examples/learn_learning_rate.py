@@ -1,4 +1,7 @@
-"""Learn a learning-rate schedule, one number per step, by differentiating through the training loop.
+"""Learn a learning-rate schedule
+==============================
+
+One number per step, by differentiating through the training loop.
 
 A network gets 30 steps of SGD with momentum, no more. Which learning rate should each step use? No implicit method can
 say: the minimum that training heads for does not depend on the path. `unroll` differentiates the path itself.

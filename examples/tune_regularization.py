@@ -1,4 +1,7 @@
-"""Tune one weight decay per layer of a network that you already have.
+"""Tune one weight decay per layer
+===============================
+
+Of a network that you already have.
 
 A small MLP on scikit-learn's digits. With 300 training images weight decay matters, and how much each layer wants is
 anybody's guess. The gradient finds out in about ten trainings; it would need hardly more for a hundred layers, where a

@@ -89,6 +89,8 @@ class InnerSolver(Protocol):
     `step(task, lower, state, upper, t)`, and can be unrolled.
 
     What else a solver may declare, for estimators and for the checks of misuse:
+
+    Attributes:
         decays_outside_loss: a `Decay`; its end is then no stationary point of `inner_loss`. Without it: None.
         penalties: those of `bilevel.prox` that it minimizes besides `inner_loss`, a tuple; the residual is then taken
             along the smooth piece on which its end lies. Without it: none.

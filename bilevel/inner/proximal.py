@@ -46,7 +46,7 @@ class Proximal:
     """Minimize `inner_loss` plus a penalty with kinks, or under bounds, to the end.
 
     For deterministic problems. `inner_loss` is the smooth part alone. Implicit methods differentiate the solution on
-    its support (see docs/guide.md, "Penalties with kinks").
+    its support (see docs/lasso.md).
 
     Args:
         penalty: one of `bilevel.prox`, or a list of them for different tensors (`on=`).
