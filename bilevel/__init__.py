@@ -21,6 +21,7 @@ from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
 from bilevel.preflight import Finding, Report, check
 from bilevel.problem import BilevelProblem
+from bilevel.selection import Selection, parameters
 from bilevel.solution import Record, Solution
 from bilevel.solvers import (
     BOME,
@@ -94,6 +95,7 @@ __all__ = [
     "Penalty",
     "Record",
     "Report",
+    "Selection",
     "Solution",
     "StocBiO",
     "Truncated",
@@ -111,6 +113,7 @@ __all__ = [
     "inner",
     "interval",
     "over",
+    "parameters",
     "positive",
     "prox",
     "real",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables
 from bilevel.ranges import Hyperparameter, Interval, Positive, Real, Shape, Simplex
+from bilevel.selection import Selection
 from bilevel.variables import variables
 from bilevel.vector import Vector, detach, leaves
 
@@ -77,7 +78,7 @@ class Hyperparameters:
     def __init__(self, structure: Any, like: Tensor) -> None:
         self._typed: list[Hyperparameter] = []
         self.kinds: dict[str, Hyperparameter] = {}
-        if isinstance(structure, nn.Module):
+        if isinstance(structure, (nn.Module, Selection)):
             self.layout: Variables = variables(structure, "hparams")
             return
         self._original = structure
@@ -144,7 +145,7 @@ class Hyperparameters:
     def read(self, structure: Any, source: str) -> Vector:
         """Return the natural values of a structure like the user's, typed leaves or plain tensors."""
         like = next(iter(self.layout.start.values()))
-        if not isinstance(structure, nn.Module):
+        if not isinstance(structure, (nn.Module, Selection)):
             structure = optree.tree_map(lambda leaf: _tensor_of(leaf, like), structure, none_is_leaf=True)
         natural = detach(self.layout.read(structure, source))
         for name, kind in self.kinds.items():

@@ -13,23 +13,32 @@ from torch.nn.parameter import is_lazy
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
+from bilevel.selection import Selection, named_parameters
 from bilevel.vector import Vector
 from bilevel.widening import widened
 
 
 class ModuleVariables(Variables):
-    """The trainable parameters of an `nn.Module`; buffers and frozen parameters come along.
+    """The trainable parameters of an `nn.Module`, or some of them; buffers and the other parameters come along.
 
     The library works on a copy of the module whose parameters are swapped for the current tensors,
     so that `params(x)`, `params.layer.weight` and `params.named_parameters()` all see them. Tied
     parameters stay tied. Frozen parameters (`requires_grad=False`) are shared with the user's module
-    and never written. A `torch.compile`d module is replaced by its original in the copy.
+    and never written; those that `bilevel.parameters` did not choose are frozen in the copy. A
+    `torch.compile`d module is replaced by its original in the copy.
     """
 
-    def __init__(self, module: nn.Module, role: str) -> None:
+    def __init__(self, given: nn.Module | Selection, role: str) -> None:
         self.role = role
+        module = given.module if isinstance(given, Selection) else given
         self._original = module
-        trainable: Vector = {name: p for name, p in named_parameters(module).items() if p.requires_grad}
+        chosen = set(given.names) if isinstance(given, Selection) else None
+        trainable: Vector = {
+            name: p
+            for name, p in named_parameters(module).items()
+            if p.requires_grad and (chosen is None or name in chosen)
+        }
+        self._names = frozenset(trainable)
         if not trainable:
             raise InvalidValueError(
                 f"`{role}` is a {type(module).__name__} without a parameter that requires a gradient; "
@@ -48,10 +57,16 @@ class ModuleVariables(Variables):
     def _copy(self, source: nn.Module | None = None) -> tuple[nn.Module, list[tuple[nn.Module, str, str]]]:
         """Copy a module (the user's by default) and list where each trainable tensor sits in it."""
         module = self._original if source is None else source
-        names = {id(p): name for name, p in named_parameters(module).items() if p.requires_grad}
-        # Frozen parameters are shared; so are tensors with a graph, which have been lent by another level and are
-        # swapped for others before use.
-        shared: dict[int, Any] = {id(p): p for p in module.parameters() if not (p.requires_grad and p.is_leaf)}
+        named = named_parameters(module)
+        names = {id(p): name for name, p in named.items() if name in self._names}
+        # Constants are shared; so are tensors with a graph, which have been lent by another level and are swapped for
+        # others before use.
+        shared: dict[int, Any] = {id(p): p for p in named.values() if not (p.requires_grad and p.is_leaf)}
+        shared |= {
+            id(p): nn.Parameter(p.detach(), requires_grad=False)
+            for name, p in named.items()
+            if name not in self._names and p.requires_grad and p.is_leaf
+        }
         try:
             copied = copy.deepcopy(module, shared)
         except RuntimeError as error:
@@ -131,12 +146,19 @@ class ModuleVariables(Variables):
 
     def read(self, structure: Any, source: str) -> Vector:
         """Read a module of the same parameters, and take over its buffers."""
+        structure = structure.module if isinstance(structure, Selection) else structure
         if not isinstance(structure, nn.Module):
             raise InvalidTypeError(
                 f"{source} is a {type(structure).__name__}, expected the {type(self._original).__name__} "
                 "that came in (trained in place), or nothing"
             )
         found = named_parameters(structure)
+        for name, constant in named_parameters(self._module).items():
+            if name not in self.start and name in found and not _same(found[name], constant):
+                raise InvalidValueError(
+                    f"{source} has another '{name}' than `{self.role}`, where it is a constant (frozen, or not chosen "
+                    "by bilevel.parameters); leave it as it is, or choose it as well"
+                )
         tensors = {name: found[name] for name in self.start if name in found}
         vector = self.check({name: t.detach().clone() for name, t in tensors.items()}, source)
         trained = dict(structure.named_buffers())
@@ -157,13 +179,14 @@ class ModuleVariables(Variables):
                 buffers[name].copy_(buffer)
 
 
-def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the names that they have in the uncompiled module."""
-    return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
-
-
 def _same_dtype(a: Vector, b: Vector) -> bool:
     return next(iter(a.values())).dtype == next(iter(b.values())).dtype
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.data_ptr() == b.data_ptr() and a.shape == b.shape:
+        return True
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
 def _uncompile(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ class BilevelProblem:
             given. Gets `params` and `hparams` in the structure given here.
         outer_loss: the validation loss; the same, with `outer_data`.
         params: where the inner variables start: a Tensor, a nested dict/list/tuple of Tensors, or an `nn.Module` (its
-            parameters that require a gradient).
+            parameters that require a gradient; `bilevel.parameters(model, "head.*")`: some of those).
         hparams: the hyperparameters: a Tensor, a nested structure of Tensors and typed hyperparameters
             (`bilevel.positive`, `interval`, `simplex`, `real`), or an `nn.Module`. One dtype and device with `params`.
         inner_solver: None for L-BFGS; one of `bilevel.inner`; or the user's own loop `fit(params, hparams) -> params`

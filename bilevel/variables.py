@@ -18,12 +18,13 @@ from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
 from bilevel.modules import ModuleVariables
 from bilevel.ranges import Hyperparameter
+from bilevel.selection import Selection
 from bilevel.vector import Vector
 
 
 def variables(structure: Any, role: str) -> Variables:
     """Return the door for whatever the user gave as `params` or `hparams`."""
-    if isinstance(structure, nn.Module):
+    if isinstance(structure, (nn.Module, Selection)):
         return ModuleVariables(structure, role)
     return StructureVariables(structure, role)
 

@@ -21,6 +21,7 @@ FLOORS = {
     "bilevel.errors": 0,
     "bilevel.layout": 1,
     "bilevel.modules": 1,
+    "bilevel.selection": 1,
     "bilevel.variables": 1,
     "bilevel.hyperparameters": 1,
     "bilevel.ranges": 1,

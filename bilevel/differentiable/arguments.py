@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from bilevel.errors import InvalidTypeError
 from bilevel.layout import Lent
-from bilevel.modules import ModuleVariables, named_parameters
+from bilevel.modules import ModuleVariables
 from bilevel.ranges import Hyperparameter
+from bilevel.selection import Selection, named_parameters
 from bilevel.vector import Vector, detach
 
 
@@ -37,8 +38,11 @@ class Arguments(Lent):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 self._tensors[i] = name
                 self.given[name] = _real(leaf, name)
-            elif isinstance(leaf, nn.Module) and any(p.requires_grad for p in leaf.parameters()):
-                module, parameters = ModuleVariables(leaf, name), named_parameters(leaf)
+            elif isinstance(leaf, Selection) or (
+                isinstance(leaf, nn.Module) and any(p.requires_grad for p in leaf.parameters())
+            ):
+                module = ModuleVariables(leaf, name)
+                parameters = named_parameters(leaf.module if isinstance(leaf, Selection) else leaf)
                 self._modules[i] = (name, module)
                 self.given |= {f"{name}.{n}": _real(parameters[n], name) for n in module.start}
             elif isinstance(leaf, Hyperparameter):

@@ -20,6 +20,7 @@ from bilevel.evaluation import check_decay, check_on_untrusted
 from bilevel.inner import InnerSolver
 from bilevel.operators import LinearOperator
 from bilevel.randomness import fork_random
+from bilevel.selection import Selection
 from bilevel.solvers import Estimator, Implicit, LinearSolver, Truncated, Unroll, estimator
 from bilevel.vector import Vector, detach, leaves, norm, subtract
 
@@ -157,7 +158,7 @@ def _solved(
     _check_callable(function, name, "(x, *args) -> the structure of `start`")
     linear_solver = _linear_solver(estimator(method), caller)
     _check_general(linear_solver, caller)
-    if isinstance(start, nn.Module):
+    if isinstance(start, (nn.Module, Selection)):
         raise InvalidTypeError(
             f"`start` is a {type(start).__name__}, expected a Tensor or a nested structure of Tensors; give "
             "dict(module.named_parameters()), and use torch.func.functional_call in the function"
