@@ -56,7 +56,7 @@ def _measured(problem: BilevelProblem) -> Facts:
     except NotTwiceDifferentiableError as error:
         twice = f"the inner loss has no second derivative ({error})"
     refuses = getattr(solver, "needs_fixed_loss", False)
-    own_loop = getattr(solver, "whole_loop", False)
+    own_loop = getattr(solver, "whole_loop", False) or getattr(solver, "hidden_settings", False)
     steps = step_bytes = None
     if response.has_step and not own_loop and not twice:
         taken = walk(response, lower, upper, outer.lower)

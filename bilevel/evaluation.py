@@ -175,11 +175,12 @@ def check_decay(solver: InnerSolver, estimator: Estimator) -> None:
     sees = about(estimator).sees
     if sees == "loop" or decay is None or (decay == "gradient" and sees == "step"):
         return
+    unrolled = 'method="unroll"' + ("" if hasattr(solver, "step") else ", with an optimizer of bilevel.inner")
     raise InvalidValueError(
         f"`inner_solver` is {type(solver).__name__} with weight_decay={getattr(solver, 'weight_decay', None)!r}, which "
         "shrinks the weights outside of `inner_loss`: training ends where that loss has no stationary point, and an "
         "implicit method would be wrong there. Put the decay into `inner_loss` (+ decay / 2 * (w**2).sum()) with "
-        'weight_decay=0.0, or differentiate the loop itself: method="unroll"'
+        f"weight_decay=0.0, or differentiate the loop itself: {unrolled}"
     )
 
 

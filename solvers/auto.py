@@ -53,7 +53,7 @@ class Facts:
         twice: why the inner loss cannot be differentiated twice; empty where it can.
         fixed: both losses see the same batch at every call.
         steps: of the inner loop, where they can be differentiated; None where they cannot.
-        own_loop: the inner solver is a function of the user's.
+        own_loop: the inner solver is a function of the user's, or has settings that no derivative goes through.
         trains: the inner solver can train on these data; False for L-BFGS on minibatches.
         decays: the inner solver shrinks weights outside of the inner loss.
         step_bytes: what the graph of one inner step holds.
@@ -139,7 +139,7 @@ def _through_the_loop(facts: Facts) -> Choice:
     else:
         because = "the inner solver decays weights outside of the inner loss"
     if facts.own_loop:
-        why, loops = f"{because}, and it is a function of your own", f"{_loops(facts.outer):,} inner loops"
+        why, loops = f"{because}, and no derivative goes through it", f"{_loops(facts.outer):,} inner loops"
         return Choice(ZeroOrder(), "zero-order", why, None, 0, 0.0, loops)
     if facts.steps is None:  # nothing sees them: the implicit method says so, and what to do
         return _implicit(facts)

@@ -37,7 +37,7 @@ RATES: Any = {"hidden": ("hparams['lr']",)}
         (replace(LARGE, twice="fused attention", fixed=False), "finite-difference", "fused attention"),
         (replace(LOOP, **RATES), "unroll", "only the inner loop uses hparams['lr']"),
         (replace(TIGHT, **RATES), "unroll", "steps are taken again"),
-        (replace(LOOP, own_loop=True, **RATES), "zero-order", "a function of your own"),
+        (replace(LOOP, own_loop=True, **RATES), "zero-order", "no derivative goes through it"),
         (replace(LARGE, **RATES), "cg", "too many"),  # L-BFGS has no such setting: the error names what to do
         (replace(LOOP, decays=True), "unroll", "decays weights outside"),
         (replace(LARGE, trains=False, fixed=False), "soba", "the method moves the inner variables itself"),

@@ -8,6 +8,7 @@ from bilevel.inner.newton_cg import NewtonCG
 from bilevel.inner.optimizers import SGD, Adam, AdamW, RMSProp
 from bilevel.inner.proximal import Proximal
 from bilevel.inner.proximal_gradient import ProximalGradient
+from bilevel.inner.torch_optim import TorchOptim
 
 __all__ = [
     "LBFGS",
@@ -23,4 +24,5 @@ __all__ = [
     "ProximalGradient",
     "RMSProp",
     "Task",
+    "TorchOptim",
 ]

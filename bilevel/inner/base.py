@@ -97,6 +97,8 @@ class InnerSolver(Protocol):
         needs_fixed_loss: it needs one batch and no random numbers. Without it: False.
         step_size: the learning rate of plain gradient steps, where it is one number. Without it: None.
         whole_loop: its one step is the user's whole training loop. Without it: False.
+        hidden_settings: a setting is a function of hyperparameters, and no derivative goes through it. Without it:
+            False.
     """
 
     def solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:

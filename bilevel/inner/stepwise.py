@@ -31,12 +31,7 @@ class Stepwise:
 
     def __post_init__(self) -> None:
         name = f"inner.{type(self).__name__}"
-        given = [n for n in (self.steps, self.epochs) if n is not None]
-        if len(given) != 1 or not isinstance(given[0], int) or isinstance(given[0], bool) or given[0] < 1:
-            raise InvalidValueError(
-                f"{name} needs either `steps` or `epochs`, a whole number of at least 1; got "
-                f"steps={self.steps!r}, epochs={self.epochs!r}; write {name}(..., steps=100)"
-            )
+        check_length(self.steps, self.epochs, name, f"{name}(..., steps=100)")
         for field in fields(self):
             value = getattr(self, field.name)
             if callable(value) and field.name not in self.tunable():
@@ -117,6 +112,16 @@ class Stepwise:
         """Return the variables and the state after a step with the settings `now`."""
 
 
+def check_length(steps: Any, epochs: Any, name: str, instead: str) -> None:
+    """Raise unless one of the two says how long a solver goes on."""
+    given = [n for n in (steps, epochs) if n is not None]
+    if len(given) != 1 or not isinstance(given[0], int) or isinstance(given[0], bool) or given[0] < 1:
+        raise InvalidValueError(
+            f"{name} needs either `steps` or `epochs`, a whole number of at least 1; got steps={steps!r}, "
+            f"epochs={epochs!r}; write {instead}"
+        )
+
+
 def check_number(value: Any, label: str, instead: str = "", below: float = math.inf) -> None:
     """Raise unless `value` is a number with 0 <= value < below."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -131,22 +136,33 @@ def is_zero(setting: Any) -> bool:
     return isinstance(setting, (int, float)) and setting == 0.0
 
 
-def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
-    if not callable(setting):
-        return setting
+def wants_step(setting: Callable[..., Any]) -> bool:
+    """Say whether a setting is a function of hyperparameters and the step."""
     wanted = [
         p
         for p in inspect.signature(setting).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    return len(wanted) == 2
+
+
+def called(setting: Callable[..., Any], hparams: Any, t: int, label: str) -> Any:
+    """Return what a setting that is a function says for step `t`."""
+    by_step = wants_step(setting)
     try:
-        with noting(label.replace("`", ""), "hparams, step" if len(wanted) == 2 else "hparams", hparams):
-            value = setting(hparams, t) if len(wanted) == 2 else setting(hparams)
+        with noting(label.replace("`", ""), "hparams, step" if by_step else "hparams", hparams):
+            return setting(hparams, t) if by_step else setting(hparams)
     except IndexError as error:
         raise InvalidValueError(
             f"{label} has no entry for step {t} (steps count from 0): {error}; a schedule needs one entry for each of "
             "the `steps`, or write lambda h, step: h['lr'][min(step, len(h['lr']) - 1)]"
         ) from error
+
+
+def _evaluate(setting: Any, hparams: Any, t: int, label: str) -> Any:
+    if not callable(setting):
+        return setting
+    value = called(setting, hparams, t, label)
     if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == 1:
         value = value.reshape(())
     if not isinstance(value, (int, float, dict)) and not (isinstance(value, Tensor) and value.dim() == 0):

@@ -165,6 +165,14 @@ def check_hyperparameters(dry: DryRun) -> None:
         label = dry.problem.hparams.layout.label(name)
         if getattr(solver, "whole_loop", False):
             _report_for_own_loop(dry, label)
+        elif getattr(solver, "hidden_settings", False) and about(dry.method).sees != "loop":
+            dry.add(
+                "error",
+                label,
+                f"at most a setting of inner.{type(solver).__name__} uses it, and no derivative goes through those",
+                "a differentiable optimizer (inner_solver=bilevel.inner.Adam(lr=lambda h: ..., steps=...)) with "
+                'method="unroll", or method="zero-order"',
+            )
         elif dry.walk is None and about(dry.method).sees == "loop":
             pass  # no step could be looked at
         elif dry.walk is None or name not in dry.walk.seen:
