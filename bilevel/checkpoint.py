@@ -10,6 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import optree
+import torch
+
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.files import check_folder, read, write
 from bilevel.run import Run
@@ -69,7 +72,7 @@ class Keeper:
                 f"{path} belongs to another run ({data['run'][0]}, variables {data['run'][1]}; this one: "
                 f"{expected[0]}, {expected[1]}); it is left as it is: give another path, or delete it"
             )
-        run.restore(data["state"])
+        run.restore(_to(data["state"], next(iter(run.free_start.values())).device))
         walker: dict[str, Any] = data["walker"]
         return walker
 
@@ -97,3 +100,12 @@ class Keeper:
         if checkpoint.seconds is not None:
             return waited >= checkpoint.seconds
         return waited >= self._cost * (1.0 / SHARE - 1.0)
+
+
+def _to(state: Any, device: torch.device) -> Any:
+    """Move what was on the device back to it; random states (bytes) stay on the CPU."""
+
+    def move(x: Any) -> Any:
+        return x.to(device) if isinstance(x, torch.Tensor) and x.dtype != torch.uint8 else x
+
+    return optree.tree_map(move, state)

@@ -90,6 +90,19 @@ class Batches:
         other._stream, other._batch, other.deterministic = None, batch, True
         return other
 
+    def once(self) -> Iterator[Any]:
+        """Read one pass on the side: neither the position nor a generator of the stream's own moves."""
+        if self._stream is None:
+            yield self._batch
+            return
+        self.check_repeats()
+        own = self._own_random()
+        try:
+            for batch in iter(self._stream):
+                yield self._to_device(batch, strict=False)
+        finally:
+            self._set_own_random(own)
+
     def restart(self) -> None:
         """Begin a new pass with the next draw; an iterator that cannot go back goes on."""
         if self._stream is not None and not isinstance(self._stream, Iterator):

@@ -33,8 +33,8 @@ def over(problem: BilevelProblem, n: int, starts: Any = None) -> BilevelProblem:
     `if loss > 1`). The inner loss is the sum over members, the outer one the mean.
 
     Args:
-        problem: one member. Its `inner_data` and `outer_data`, where given, hold all members: every tensor of a batch
-            has a leading dimension n. What members share, losses close over.
+        problem: one member. Its `inner_data`, `outer_data` and `test_data`, where given, hold all members: every tensor
+            of a batch has a leading dimension n. What members share, losses close over.
         n: number of members.
         starts: where each member begins, stacked: in the structure of `params`, for a module a dict by its names. None:
             all begin where the problem does.
@@ -74,6 +74,8 @@ def over(problem: BilevelProblem, n: int, starts: Any = None) -> BilevelProblem:
     family.pinned_batches = family.inner_batches.twin()
     family.inner_loss = _members(problem, problem.inner_loss, family.inner_batches, "inner", n, torch.sum)
     family.outer_loss = _members(problem, problem.outer_loss, family.outer_batches, "outer", n, torch.mean)
+    if problem.test_loss is not None:
+        family.test_loss = _members(problem, problem.test_loss, family.test_batches, "test", n, torch.mean)
     return family
 
 

@@ -36,6 +36,7 @@ from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
 from bilevel.solvers import Estimator, about
 from bilevel.solvers.single_loop import Loop
+from bilevel.third_split import check_patience
 
 OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
 
@@ -94,6 +95,7 @@ def solve(
     callbacks: Sequence[Callable[[Record], Any]] = (),
     on_untrusted: str = "warn",
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    patience: int | None = None,
 ) -> Solution:
     """Minimize the outer loss over the hyperparameters by hypergradients.
 
@@ -113,6 +115,8 @@ def solve(
             Unless it is "ignore", "lbfgs" steps back from such points, or ends the run; torch optimizers go on.
         checkpoint: a path (or a `bilevel.Checkpoint` with how often). The run writes its state there as it goes; a call
             that finds the file goes on from it and ends exactly as an uninterrupted run does.
+        patience: stop when the loss of the problem's third split (`test_data`, `test_loss`) has not fallen below its
+            lowest for so many outer steps, and return the point where it was lowest, however the run ends.
 
     Returns:
         The `Solution`, also after Ctrl-C.
@@ -123,25 +127,27 @@ def solve(
     """
     check_problem(problem)
     check_on_untrusted(on_untrusted)
-    _check_run(steps, tol, callbacks)
+    _check_run(problem, steps, tol, callbacks, patience)
     chosen, notes = _begun(problem, method)
     optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-    dtype = next(iter(problem.hparams.layout.start.values())).dtype
-    steps = 100 if steps is None else steps
-    tol = tol if tol is not None else (1e-6 if dtype == torch.float64 else 1e-4)
+    steps, tol = 100 if steps is None else steps, _tolerance(problem) if tol is None else tol
     shown = sys.stderr.isatty() if progress is None else progress
     problem.restart()
     with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
         report = [*callbacks, lambda record: _show(bar, record)]
-        run = Run(
-            Evaluator(problem, chosen, notes=notes), steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report
-        )
-        status = _walk(run, Keeper(place, _label(optimizer)), optimizer)
+        evaluator = Evaluator(problem, chosen, notes=notes)
+        run = Run(evaluator, steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report, patience=patience)
+        status = _walk(run, Keeper(place, _label(optimizer, patience)), optimizer)
     solution = run.solution(status)
     if about(chosen).begins != "last" or not solution.certificate.trusted:  # their first ones are a transient
         _report_run(solution, on_untrusted)
     return solution
+
+
+def _tolerance(problem: BilevelProblem) -> float:
+    dtype = next(iter(problem.hparams.layout.start.values())).dtype
+    return 1e-6 if dtype == torch.float64 else 1e-4
 
 
 def _begun(problem: BilevelProblem, method: str | Estimator) -> tuple[Estimator, tuple[str, ...]]:
@@ -169,9 +175,9 @@ def _walk(run: Run, keeper: Keeper, optimizer: Any) -> str:
     raise AssertionError("a descent ends by Stop")
 
 
-def _label(optimizer: Any) -> str:
-    """Tell the two kinds of walk apart in a checkpoint."""
-    return "lbfgs" if optimizer == "lbfgs" else "torch optimizer"
+def _label(optimizer: Any, patience: int | None) -> str:
+    """Tell the kinds of walk apart in a checkpoint."""
+    return ("lbfgs" if optimizer == "lbfgs" else "torch optimizer") + (", patience" if patience else "")
 
 
 def _report_run(solution: Solution, on_untrusted: str) -> None:
@@ -197,7 +203,9 @@ def _show(bar: Any, record: Record) -> None:
     bar.update()
 
 
-def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
+def _check_run(
+    problem: BilevelProblem, steps: int | None, tol: float | None, callbacks: Any, patience: int | None
+) -> None:
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InvalidValueError(f"`steps` is {steps!r}, expected a whole number of at least 1, or None")
     if tol is not None and (not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0):
@@ -206,6 +214,7 @@ def _check_run(steps: int | None, tol: float | None, callbacks: Any) -> None:
         raise InvalidTypeError(
             "`callbacks` is expected to be a list of functions of a Record; write callbacks=[function]"
         )
+    check_patience(problem, patience)
 
 
 def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Estimator) -> Any:

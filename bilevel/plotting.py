@@ -49,11 +49,14 @@ def plot_run(records: list[Record]) -> Figure:
 
 
 def plot_losses(axes: Axes, records: list[Record]) -> None:
-    """Draw the outer and the inner loss."""
+    """Draw the outer loss, the inner one and that of the third split."""
     steps = [record.step for record in records]
     axes.plot(steps, [record.outer_loss for record in records], label="outer loss", color="C0")
     if all(record.inner_loss is not None for record in records):
         axes.plot(steps, [float(record.inner_loss or 0.0) for record in records], label="inner loss", color="C1")
+    tested = [(record.step, record.test_loss) for record in records if record.test_loss is not None]
+    if tested:
+        axes.plot(*zip(*tested, strict=True), label="test loss", color="C2")
     axes.set_title("losses")
     axes.legend(frameon=False)
 

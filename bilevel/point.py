@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
+from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.evaluation import Evaluation
 from bilevel.vector import Vector
 
@@ -26,3 +30,16 @@ class Point:
         """Return F: the outer loss at the exact inner solution, to first order where a trusted method knows it."""
         found = self.evaluation.hypergradient
         return found.outer_loss + (found.correction if found.certificate.trusted else 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it as plain values and tensors."""
+        return {**vars(self), "evaluation": asdict(self.evaluation)}
+
+    @staticmethod
+    def restored(state: dict[str, Any]) -> Point:
+        """Return the point that `state` was taken of."""
+        found = dict(state["evaluation"]["hypergradient"])
+        found["certificate"] = Certificate.from_dict(found["certificate"])
+        found["cost"] = Cost(**found["cost"])
+        evaluation = Evaluation(**{**state["evaluation"], "hypergradient": Hypergradient(**found)})
+        return Point(**{**state, "evaluation": evaluation})

@@ -38,6 +38,10 @@ class BilevelProblem:
             `bilevel.sparse.Design`), a Dataset (read whole), or a DataLoader or another iterable of batches
             (minibatches).
         outer_data: the same for the outer loss.
+        test_data: a third split, which nothing is tuned on; the same again. After each outer step of `solve`, its loss
+            at the inner solution is written into the history.
+        test_loss: what is written there; the same as `outer_loss`. None: `outer_loss` on `test_data`. Where losses
+            close over their data, give this one alone.
 
     Raises:
         BilevelError: for anything that can be seen without training; the message names the argument.
@@ -69,6 +73,8 @@ class BilevelProblem:
         inner_solver: InnerSolver | Callable[..., Any] | None = None,
         inner_data: Any = None,
         outer_data: Any = None,
+        test_data: Any = None,
+        test_loss: Callable[..., Tensor] | None = None,
     ) -> None:
         self.params: Variables = variables(params, self.params_name)
         first = next(iter(self.params.start.values()))
@@ -83,9 +89,25 @@ class BilevelProblem:
         _check_loss(inner_loss, "inner_loss", self.inner_batches.given)
         _check_loss(outer_loss, "outer_loss", self.outer_batches.given)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
+        self.test_batches = Batches(test_data, "test_data", first)
+        self.test_loss = self._third(test_loss)
         self.inner_solver = _as_solver(inner_solver, self.inner_batches.given)
         assign(getattr(self.inner_solver, "penalties", ()), self.params)
         self._examined: set[str] = set()
+
+    def _third(self, test_loss: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+        """Return the loss of the third split; None without one."""
+        batches = self.test_batches
+        batches.check_repeats()
+        if test_loss is not None:
+            _check_loss(test_loss, "test_loss", batches.given)
+        elif batches.given and not self.outer_batches.given:
+            raise InvalidValueError(
+                "`test_data` is given, but `outer_loss` takes no batch because `outer_data` is not; write "
+                "test_loss=, a function (params, hparams, batch) -> scalar Tensor, or one of (params, hparams) that "
+                "closes over its data, without `test_data`"
+            )
+        return self.outer_loss if test_loss is None and batches.given else test_loss
 
     @property
     def deterministic(self) -> bool:

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import optree
 import torch
 
-from bilevel.certificate import Certificate, Cost, Hypergradient
+from bilevel.certificate import Cost
 from bilevel.errors import NonFiniteError
 from bilevel.evaluation import Evaluation, Evaluator, report_untrusted, trained_on
 from bilevel.point import Point
@@ -19,6 +18,7 @@ from bilevel.randomness import get_random, set_random
 from bilevel.slack import START, may_loosen, next_slack, tightened
 from bilevel.solution import Record, Solution, summarize
 from bilevel.solvers.about import about
+from bilevel.third_split import Best, measured
 from bilevel.vector import Vector, detach, is_finite, norm
 
 # Below this many times the norm at which a run stops, a hypergradient's error is held against this size. The verdict
@@ -54,12 +54,13 @@ class Run:
         tol: float,
         on_untrusted: str,
         callbacks: Sequence[Callable[[Record], Any]],
+        patience: int | None = None,
     ) -> None:
         self.evaluator, self.steps, self.tol = evaluator, steps, tol
         self.callbacks = callbacks
         self.start: Record | None = None
         self.history: list[Record] = []
-        self._on_untrusted = on_untrusted
+        self._on_untrusted, self._best = on_untrusted, Best(patience)
         self._accepted: Point | None = None
         self._adapts = self._loosens = self._trains_on = False
         self._spent, self._inner_steps, self._solves = Cost(), 0, 0
@@ -71,7 +72,9 @@ class Run:
     def allow_slack(self) -> None:
         """Let the tolerances follow the outer progress, where that does no harm, and training go on."""
         self._trains_on = about(self.evaluator.estimator).begins == "solution" and self._on_untrusted != "ignore"
-        self._adapts = self._loosens = may_loosen(self.evaluator.estimator, self.evaluator.problem)
+        # With patience any point may be the one that is returned, at the full tolerances.
+        may = self._best.patience is None and may_loosen(self.evaluator.estimator, self.evaluator.problem)
+        self._adapts = self._loosens = may
         self.evaluator.slack = START if self._loosens else 1.0
 
     def evaluate(self, free: Vector) -> Point:
@@ -134,9 +137,10 @@ class Run:
         last = self.start is not None and len(self.history) + 1 == self.steps
         if point.slack > 1.0 and (last or self._is_stationary(point)):
             point = self._without_slack(point)
-        self._accepted = point
         size = self._projected_norm(point)
         record = self._record(point, size)
+        self._accepted = point
+        self._best.see(point, record.step, record.test_loss)
         if self.start is None:
             self.start = record
         else:
@@ -150,6 +154,8 @@ class Run:
                     ) from error
         self._set_floor(point, self.start.hypergradient_norm)
         self._stop_if_done(point, size)
+        if (status := self._best.status(record.step)) is not None:
+            raise Stop(status)
 
     def settle(self) -> Point | None:
         """Take the last accepted point again without slack, in its place; None where it had none."""
@@ -203,8 +209,12 @@ class Run:
         return float(norm(projected))
 
     def _record(self, point: Point, hypergradient_norm: float) -> Record:
-        now = time.perf_counter()
         evaluation, certificate = point.evaluation, point.evaluation.hypergradient.certificate
+        try:
+            tested = measured(self.evaluator.problem, evaluation.hypergradient.params, point.natural)
+        except NonFiniteError as error:
+            raise self._located(error) from error
+        now = time.perf_counter()
         record = Record(
             step=0 if self.start is None else len(self.history) + 1,
             outer_loss=point.outer_loss,
@@ -221,6 +231,7 @@ class Run:
             seconds=now - self._clock,
             hparams={name: summarize(t) for name, t in point.natural.items()},
             sizes={name: t.numel() for name, t in point.natural.items()},
+            test_loss=tested,
         )
         self._spent, self._inner_steps, self._solves, self._clock = Cost(), 0, 0, now
         return record
@@ -261,21 +272,13 @@ class Run:
             "random": get_random(next(iter(self.free_start.values())).device),
             "start": asdict(self.start),
             "history": [asdict(record) for record in self.history],
-            "accepted": {
-                "free": point.free,
-                "natural": point.natural,
-                "gradient": point.gradient,
-                "evaluation": asdict(point.evaluation),
-                "buffers": point.buffers,
-                "slack": point.slack,
-            },
+            "accepted": point.state(),
+            "best": self._best.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
         problem, evaluator = self.evaluator.problem, self.evaluator
-        device = next(iter(self.free_start.values())).device
-        state = _to(state, device)
         evaluator.lower, evaluator.state = state["lower"], state["estimator"]
         evaluator.gradient_floor, evaluator.factor = state["gradient_floor"], state["factor"]
         evaluator.slack, self._loosens = state["slack"], state["loosens"]
@@ -284,17 +287,16 @@ class Run:
         set_random(state["random"])
         self.start = Record(**state["start"])
         self.history = [Record(**record) for record in state["history"]]
-        accepted = state["accepted"]
-        found = dict(accepted["evaluation"]["hypergradient"])
-        found["certificate"] = Certificate.from_dict(found["certificate"])
-        found["cost"] = Cost(**found["cost"])
-        evaluation = Evaluation(**{**accepted["evaluation"], "hypergradient": Hypergradient(**found)})
-        self._accepted = Point(**{**accepted, "evaluation": evaluation})
+        self._accepted = Point.restored(state["accepted"])
+        self._best.restore(state.get("best"))
 
     def solution(self, status: str) -> Solution:
-        """Return the last accepted point as a solution."""
-        point, problem = self._accepted, self.evaluator.problem
+        """Return the last accepted point as a solution; with patience, that of the lowest test loss."""
+        point, problem, step = self._best.point or self._accepted, self.evaluator.problem, len(self.history)
         assert point is not None and self.start is not None
+        if self._best.point is not None and self._best.step != step:
+            step = self._best.step
+            status = f"{status}; returned is step {step}, where the test loss was lowest"
         lower, natural = point.evaluation.hypergradient.params, point.natural
         self._set_buffers(point.buffers)
 
@@ -311,14 +313,7 @@ class Run:
             status=status,
             certificate=point.evaluation.hypergradient.certificate,
             start=self.start,
+            step=step,
+            test_loss=(self.start, *self.history)[step].test_loss,
             _write_back=write_back,
         )
-
-
-def _to(state: Any, device: torch.device) -> Any:
-    """Move what was on the device back to it; random states (bytes) stay on the CPU."""
-
-    def move(x: Any) -> Any:
-        return x.to(device) if isinstance(x, torch.Tensor) and x.dtype != torch.uint8 else x
-
-    return optree.tree_map(move, state)

@@ -42,6 +42,7 @@ class Record:
         seconds: wall-clock time of this step.
         hparams: natural values by tensor: all of them up to 12, else the quantiles 0, 0.1, 0.5, 0.9, 1.
         sizes: number of values by tensor.
+        test_loss: the loss of the third split; None without one.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Record:
     seconds: float
     hparams: dict[str, list[float]]
     sizes: dict[str, int]
+    test_loss: float | None = None
 
     def __getitem__(self, name: str) -> Any:
         """Return a figure by its name, so that a record also reads like a dict."""
@@ -83,10 +85,12 @@ class Solution:
         params: the inner solution at `hparams`, in the user's structure.
         outer_loss: F at `hparams`.
         history: one record a step.
-        status: why the run stopped, a sentence that begins with "converged", "steps", "stalled", "untrusted" or
-            "interrupted".
+        status: why the run stopped, a sentence that begins with "converged", "steps", "stalled", "untrusted",
+            "patience" or "interrupted".
         certificate: of the last hypergradient.
         start: the record of the starting point.
+        step: the outer step whose point this is: the last one, or with `patience` that of the lowest test loss.
+        test_loss: the loss of the third split there; None without one.
     """
 
     hparams: Any
@@ -96,6 +100,8 @@ class Solution:
     status: str
     certificate: Certificate
     start: Record = field(repr=False)
+    step: int = -1
+    test_loss: float | None = None
     _write_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -120,11 +126,12 @@ class Solution:
 
     def summary(self) -> str:
         """Return a table of the run, for people."""
-        last = self.history[-1] if self.history else self.start
         records = [self.start, *self.history]
+        last = records[self.step]
         rows = [
             ("status", self.status),
             ("outer loss", self._told_loss()),
+            *self._told_test(),
             ("hypergradient norm", f"{self.start.hypergradient_norm:.2e} -> {last.hypergradient_norm:.2e}"),
             ("verdict", self.certificate.verdict),
         ]
@@ -153,8 +160,19 @@ class Solution:
         mean = sum(last) / len(last)
         return f"{self.start.outer_loss:.6g} -> {mean:.6g} (mean over the batches of the last {len(last)} steps)"
 
+    def _told_test(self) -> list[tuple[str, str]]:
+        """Return the test loss at both ends, and the lowest where that is neither."""
+        seen = [record for record in (self.start, *self.history) if record.test_loss is not None]
+        if self.test_loss is None or not seen:
+            return []
+        lowest = min(seen, key=lambda record: record.test_loss or 0.0)
+        ends = f"{seen[0].test_loss:.6g} -> {self.test_loss:.6g}"
+        if lowest.step in (seen[0].step, (self.start, *self.history)[self.step].step):
+            return [("test loss", ends)]
+        return [("test loss", f"{ends} (lowest: {lowest.test_loss:.6g} at step {lowest.step})")]
+
     def plot(self) -> Figure:
-        """Draw both losses, the residuals and the hyperparameters over the steps; needs matplotlib."""
+        """Draw the losses, the residuals and the hyperparameters over the steps; needs matplotlib."""
         from bilevel.plotting import plot_run
 
         return plot_run([self.start, *self.history])
@@ -174,6 +192,8 @@ class Solution:
             "status": self.status,
             "certificate": asdict(self.certificate),
             "start": asdict(self.start),
+            "step": self.step,
+            "test_loss": self.test_loss,
         }
         check_folder(path, "path")
         write(data, path)
@@ -197,6 +217,8 @@ class Solution:
                 data["status"],
                 Certificate.from_dict(data["certificate"]),
                 Record(**data["start"]),
+                data.get("step", -1),
+                data.get("test_loss"),
             )
         except (KeyError, TypeError) as error:
             raise InvalidValueError(f"{os.fspath(path)} was damaged after Solution.save wrote it: {error}") from error

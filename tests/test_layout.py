@@ -56,6 +56,7 @@ FLOORS = {
     "bilevel.plotting": 4,
     "bilevel.run": 4,
     "bilevel.point": 4,
+    "bilevel.third_split": 4,
     "bilevel.slack": 4,
     "bilevel.checkpoint": 4,
     "bilevel.descent": 4,
