@@ -76,36 +76,49 @@ class Workload:
 
     def torch_losses(self) -> Losses:
         """Return the inner and the outer loss."""
-        X, Xv = (Design(x) if sparse.issparse(x) else torch.from_numpy(x) for x in (self.train[0], self.valid[0]))
+        X, Xv = (self._torch_design(x) for x in (self.train[0], self.valid[0]))
         y, yv = (torch.from_numpy(y) for y in (self.train[1], self.valid[1]))
         return LOSSES[self.kind](X, y, Xv, yv)
 
+    def _torch_design(self, X: Any) -> Any:
+        if sparse.issparse(X):
+            return Design(X)
+        return torch.from_numpy(X if self.kind == "mlp" else np.ascontiguousarray(X.T))
 
-# Losses: (design, labels, validation design, validation labels) -> inner and outer loss
+
+# Losses: (design, labels, validation design, validation labels) -> inner and outer loss. Linear models hold a dense
+# design with a row for each feature, and logits with a row for each class: a product on a9a takes a third of the time
+# that X @ w takes, in torch and in JAX, and one on the images three quarters.
 
 
-def _fit(z: Tensor, y: Tensor) -> Tensor:
-    """Return the mean log loss: of one logit where labels are 0.0 and 1.0, else of classes."""
-    return F.binary_cross_entropy_with_logits(z[:, 0], y) if y.is_floating_point() else F.cross_entropy(z, y)
+def _logits(w: Tensor, X: Any) -> Tensor:
+    """Return the logits, `(classes, rows)`."""
+    return w @ X if isinstance(X, Tensor) else F.linear(X, w).t()
+
+
+def _each(z: Tensor, y: Tensor) -> Tensor:
+    """Return the log loss of each row: of one logit where labels are 0.0 and 1.0, else of classes."""
+    if y.is_floating_point():
+        return F.binary_cross_entropy_with_logits(z[0], y, reduction="none")
+    return z.logsumexp(0) - z.gather(0, y[None])[0]
 
 
 def _l2(X: Any, y: Tensor, Xv: Any, yv: Tensor) -> Losses:
     """One strength for each feature, in units of one example."""
 
     def inner(w: list[Tensor], h: Tensor) -> Tensor:
-        return _fit(F.linear(X, w[0]), y) + 0.5 / len(y) * (h * w[0] ** 2).sum()
+        return _each(_logits(w[0], X), y).mean() + 0.5 / len(y) * (h * w[0] ** 2).sum()
 
-    return inner, lambda w, h: _fit(F.linear(Xv, w[0]), yv)
+    return inner, lambda w, h: _each(_logits(w[0], Xv), yv).mean()
 
 
 def _cleaning(X: Tensor, y: Tensor, Xv: Tensor, yv: Tensor) -> Losses:
     """One weight sigmoid(h) for each example, half of which have a wrong label (Franceschi and others, ICML 2017)."""
 
     def inner(w: list[Tensor], h: Tensor) -> Tensor:
-        each = F.cross_entropy(F.linear(X, w[0]), y, reduction="none")
-        return (h.sigmoid() * each).mean() + CLEANING_STRENGTH * (w[0] ** 2).sum()
+        return (h.sigmoid() * _each(_logits(w[0], X), y)).mean() + CLEANING_STRENGTH * (w[0] ** 2).sum()
 
-    return inner, lambda w, h: _fit(F.linear(Xv, w[0]), yv)
+    return inner, lambda w, h: _each(_logits(w[0], Xv), yv).mean()
 
 
 def _mlp(X: Tensor, y: Tensor, Xv: Tensor, yv: Tensor) -> Losses:
@@ -117,9 +130,9 @@ def _mlp(X: Tensor, y: Tensor, Xv: Tensor, yv: Tensor) -> Losses:
     def inner(w: list[Tensor], h: Tensor) -> Tensor:
         strengths = h.split([t.numel() for t in w])
         decay = sum((s.view_as(t) * t**2).sum() for s, t in zip(strengths, w, strict=True))
-        return _fit(logits(w, X), y) + 0.5 * decay
+        return F.cross_entropy(logits(w, X), y) + 0.5 * decay
 
-    return inner, lambda w, h: _fit(logits(w, Xv), yv)
+    return inner, lambda w, h: F.cross_entropy(logits(w, Xv), yv)
 
 
 LOSSES = {"l2": _l2, "cleaning": _cleaning, "mlp": _mlp}

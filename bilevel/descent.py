@@ -12,7 +12,7 @@ import torch
 
 from bilevel.checkpoint import Keeper
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.minimize import HISTORY, Array, lbfgs
+from bilevel.minimize import HISTORY, Array, far_lbfgs
 from bilevel.point import Point
 from bilevel.run import Run, Stop
 from bilevel.scaled import scaled_lbfgs
@@ -78,7 +78,7 @@ def descend_lbfgs(run: Run, keeper: Keeper) -> None:
     search = _Search(run, keeper)
     start, low, high = (flatten(v).double().cpu().numpy() for v in (run.free_start, run.low, run.high))
     bounded = bool(np.isfinite(low).all() and np.isfinite(high).all())
-    minimizer = scaled_lbfgs if bounded and len(start) > HISTORY else lbfgs
+    minimizer = scaled_lbfgs if bounded and len(start) > HISTORY else far_lbfgs
     begin: Array | None = start
     while begin is not None:
         minimizer(search.function, begin, max_steps=run.steps, bounds=(low, high), after_step=search.after_step)

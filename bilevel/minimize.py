@@ -7,6 +7,7 @@ SciPy's line search needs a third to a fifth of the evaluations of `torch.optim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -60,6 +61,34 @@ def lbfgs(
     ends = None if bounds is None or not np.isfinite(bounds).any() else Bounds(*bounds)
     with _one_blas_thread():
         return minimize(function, start, jac=True, method="L-BFGS-B", bounds=ends, callback=callback, options=options)
+
+
+def far_lbfgs(
+    function: Callable[[Array], tuple[float, Array]],
+    start: Array,
+    *,
+    max_steps: int,
+    bounds: tuple[Array, Array],
+    after_step: Callable[[Array], bool],
+) -> None:
+    """Minimize as `lbfgs` does, with a first step that may be longer than SciPy's, whose norm is 1.
+
+    It goes to where the value would be zero were it linear, but no entry moves by more than 1. A step of norm 1 moves
+    each of n entries by 1 / √n, and SciPy then takes a trial for every factor of 5. The unit is a power of two, which
+    changes no digit of a point.
+    """
+    value, gradient = function(start)
+    size, largest = float(np.linalg.norm(gradient)), float(np.abs(gradient).max())
+    unit = 1.0
+    if largest > 0.0:
+        unit = 2.0 ** math.floor(math.log2(max(1.0, min(size / largest, abs(value) / size))))
+
+    def in_units(x: Array) -> tuple[float, Array]:
+        value, gradient = function(x * unit)
+        return value, gradient * unit
+
+    ends = bounds[0] / unit, bounds[1] / unit
+    lbfgs(in_units, start / unit, max_steps=max_steps, bounds=ends, after_step=lambda x: after_step(x * unit))
 
 
 def history(unknowns: int) -> int:

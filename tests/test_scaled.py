@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 
 import bilevel
-from bilevel.minimize import Array, lbfgs
+from bilevel.minimize import Array, far_lbfgs, lbfgs
 from bilevel.scaled import LEAP, scaled_lbfgs
 
 N = 30
@@ -75,3 +76,26 @@ def test_solve_takes_it_for_many_strengths() -> None:
     solution = bilevel.solve(problem, "direct", steps=60, on_untrusted="ignore")  # at the end it is zero
     assert solution.outer_loss < 1e-6
     torch.testing.assert_close(solution.hparams, weight, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("distance", [1e-3, 1.0, 3.0, 100.0])
+def test_many_entries_take_no_more_evaluations_than_one(distance: float) -> None:
+    calls = {}
+    for minimizer in (far_lbfgs, lbfgs):
+        points = [np.zeros(400)]
+
+        def parabola(x: Array) -> tuple[float, Array]:
+            points.append(x.copy())  # noqa: B023  used in this turn alone
+            return 0.5 * float(((x - distance) ** 2).sum()) / distance, (x - distance) / distance
+
+        def there(x: Array) -> bool:
+            return bool(np.abs(x - distance).max() <= 1e-6 * distance)
+
+        infinite = np.full(400, -np.inf), np.full(400, np.inf)
+        minimizer(parabola, points[0], max_steps=50, bounds=infinite, after_step=there)
+        assert there(points[-1])
+        calls[minimizer] = len({p.tobytes() for p in points})
+        first = next(p for p in points if p.any())
+        assert float(np.abs(first).max()) <= 1.0 and float(np.linalg.norm(first)) <= max(1.0, 10.0 * distance + 1e-12)
+    # SciPy's first step has the norm 1, and 20 is needed for an entry to move by 1.
+    assert calls[far_lbfgs] <= calls[lbfgs] - (distance >= 1.0)

@@ -105,7 +105,7 @@ def test_a_search_that_stalls_with_slack_goes_on_without(monkeypatch: pytest.Mon
         options["after_step"] = lambda x: after(x) or next(count, None) is None  # type: ignore[operator]
         return minimize.lbfgs(function, start, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("bilevel.descent.lbfgs", gives_up)
+    monkeypatch.setattr("bilevel.descent.far_lbfgs", gives_up)
     run = bilevel.solve(ridge(), "cg", steps=8)
     assert len(starts) == 2 and len(run.history) > 3
     assert [r.step for r in run.history] == list(range(1, len(run.history) + 1))
