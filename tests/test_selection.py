@@ -37,7 +37,7 @@ def data() -> tuple[Tensor, Tensor]:
     return x, torch.stack([x[:, 0] * x[:, 1], x[:, 2]], dim=1)
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
@@ -47,7 +47,8 @@ def fitted(net: Any, h: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def decayed(net: Any, h: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return fitted(net, h, batch) + h * net[2].weight.square().sum() + h * net[2].bias.square().sum()
+    penalty: Tensor = net[2].weight.square().sum() + net[2].bias.square().sum()
+    return fitted(net, h, batch) + h * penalty
 
 
 def problem(net: nn.Module, *patterns: str, solver: Any = None) -> bilevel.BilevelProblem:
@@ -167,13 +168,14 @@ def test_hyperparameters_of_a_module_can_be_chosen() -> None:
 
 
 def test_tied_weights_are_chosen_by_any_name() -> None:
-    net = Tied().double()
+    net: Any = Tied().double()
     assert bilevel.parameters(net, "head.weight").names == ("embed.weight",)
     x = torch.arange(5)
 
     def loss(model: Any, h: Tensor) -> Tensor:
         assert model.head.weight is model.embed.weight
-        return nn.functional.cross_entropy(model(x), x) + h * model.embed.weight.square().sum()
+        found: Tensor = nn.functional.cross_entropy(model(x), x) + h * model.embed.weight.square().sum()
+        return found
 
     one = bilevel.BilevelProblem(
         loss, loss, bilevel.parameters(net, "head.*"), scalar(0.1), bilevel.inner.SGD(lr=0.1, steps=3)
