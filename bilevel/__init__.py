@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
 
-from bilevel import inner, prox, sparse
+from bilevel import inner, penalties, prox, sparse
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
@@ -114,6 +114,7 @@ __all__ = [
     "interval",
     "over",
     "parameters",
+    "penalties",
     "positive",
     "prox",
     "real",

@@ -76,6 +76,10 @@ class Variables(Lent):
         """Copy `vector` into the user's own tensors, in place."""
 
     @abstractmethod
+    def own_names(self) -> dict[int, tuple[str, ...]]:
+        """Return the names of the user's own tensors by their ids; several where weights are tied."""
+
+    @abstractmethod
     def buffers(self) -> Vector:
         """Return copies of the buffers that training moves (BatchNorm statistics); none without a module."""
 

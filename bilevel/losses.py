@@ -31,8 +31,7 @@ def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tenso
             )
         raise
     if not isinstance(value, Tensor):
-        hint = "add a return statement" if value is None else "return the tensor itself, without .item()"
-        raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {hint}")
+        raise InvalidTypeError(f"`{name}` returned a {type(value).__name__}, expected a scalar Tensor; {_cure(value)}")
     if value.dim() > 0:
         raise InvalidValueError(
             f"`{name}` returned a tensor of shape {tuple(value.shape)}, expected a scalar (0-d); add .mean() or .sum()"
@@ -40,6 +39,18 @@ def scalar(loss: Callable[..., Any], given: tuple[Any, ...], name: str) -> Tenso
     if not value.is_floating_point():
         raise InvalidTypeError(f"`{name}` returned a {value.dtype} tensor, expected a floating-point one")
     return value
+
+
+def _cure(value: Any) -> str:
+    if value is None:
+        return "add a return statement"
+    if hasattr(value, "loss"):  # a ModelOutput of transformers
+        return (
+            "return its .loss" if isinstance(value.loss, Tensor) else "give the model labels=..., and return its .loss"
+        )
+    if isinstance(value, (tuple, list, dict)):
+        return "return the one part of it that is the loss"
+    return "return the tensor itself, without .item()"
 
 
 def gradient(value: Tensor, at: Vector, name: str, *, create_graph: bool) -> Vector:

@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.layout import Variables, checked_start
-from bilevel.selection import Selection, named_parameters
+from bilevel.patterns import all_names, named_parameters
+from bilevel.selection import Selection
 from bilevel.vector import Vector
 from bilevel.widening import widened
 
@@ -177,6 +178,10 @@ class ModuleVariables(Variables):
                 parameters[name].copy_(tensor)
             for name, buffer in self._module.named_buffers():
                 buffers[name].copy_(buffer)
+
+    def own_names(self) -> dict[int, tuple[str, ...]]:
+        """See `Variables.own_names`."""
+        return all_names(self._original)
 
 
 def _same_dtype(a: Vector, b: Vector) -> bool:

@@ -316,4 +316,5 @@ class Run:
             step=step,
             test_loss=(self.start, *self.history)[step].test_loss,
             _write_back=write_back,
+            _names=problem.params.own_names,
         )

@@ -13,6 +13,8 @@ from torch import Tensor
 from bilevel.certificate import Certificate
 from bilevel.errors import InvalidValueError
 from bilevel.files import check_folder, read, write
+from bilevel.param_groups import Where, write_settings
+from bilevel.patterns import Groups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,22 +105,48 @@ class Solution:
     step: int = -1
     test_loss: float | None = None
     _write_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    _names: Callable[[], dict[int, tuple[str, ...]]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def converged(self) -> bool:
         """The projected hypergradient fell below `tol`."""
         return self.status.startswith("converged")
 
-    def apply_(self) -> None:
-        """Write the results into the user's own `params` and `hparams`, in place.
+    def apply_(
+        self, optimizer: torch.optim.Optimizer | None = None, *, per: Groups | None = None, **settings: Where
+    ) -> None:
+        """Write the results into the user's own `params` and `hparams`, in place, and settings into an optimizer.
 
         Tensors and module parameters (buffers too) get the new values; a typed hyperparameter gets a new start value.
+
+        Args:
+            optimizer: of the same params; its param groups get the settings.
+            per: patterns by label, where the values of a setting are a dict by labels.
+            settings: for each setting of the groups the key of `hparams` that holds its value ("decay",
+                "decays.head"), or a function of `hparams`: `apply_(optimizer, weight_decay="decay", lr="lr")`. The
+                value is a number for all groups, one for each group, or a dict by group names or by the names that
+                `bilevel.penalties` knows; groups that the dict does not cover stay as they are.
+
+        Raises:
+            BilevelError: a setting that does not fit; nothing has been written then.
         """
         if self._write_back is None:
             raise InvalidValueError(
                 "this solution was loaded from a file and belongs to no problem in memory; for a module write "
                 "model.load_state_dict(solution.params)"
             )
+        if optimizer is None and settings:
+            first = next(iter(settings))
+            raise InvalidValueError(
+                f"apply_(): `{first}` is a setting of an optimizer; write apply_(optimizer, {first}=...)"
+            )
+        if optimizer is not None and not settings:
+            raise InvalidValueError(
+                'apply_(): an optimizer and no setting; write for example apply_(optimizer, weight_decay="decay")'
+            )
+        if optimizer is not None:
+            names = {} if self._names is None else self._names()
+            write_settings(optimizer, self.hparams, settings, names, per)
         self._write_back()
 
     def __str__(self) -> str:

@@ -75,6 +75,11 @@ class StructureVariables(Variables):
             for tensor, name in zip(tensors, self.start, strict=True):
                 tensor.copy_(vector[name])
 
+    def own_names(self) -> dict[int, tuple[str, ...]]:
+        """See `Variables.own_names`."""
+        names, tensors, _ = _named_leaves(self._original, self.role, f"`{self.role}`")
+        return {id(tensor): (name,) for tensor, name in zip(tensors, names, strict=True)}
+
 
 def _named_leaves(structure: Any, role: str, source: str) -> tuple[list[str], list[Tensor], Any]:
     """Flatten a structure of tensors; a lone tensor is called by its role."""

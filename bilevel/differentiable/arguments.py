@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bilevel.errors import InvalidTypeError
 from bilevel.layout import Lent
 from bilevel.modules import ModuleVariables
+from bilevel.patterns import named_parameters
 from bilevel.ranges import Hyperparameter
-from bilevel.selection import Selection, named_parameters
+from bilevel.selection import Selection
 from bilevel.vector import Vector, detach
 
 
