@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="processor or wall-clock time")
     parser.add_argument("--repeats", type=int, help="turns of each contender")
     parser.add_argument("--limit", type=float, help="most seconds of a run until the target")
+    parser.add_argument("--times", type=float, default=6.0, help="times bilevel's time that rivals get")
     parser.add_argument("--only", nargs="+", default=[], help="cases of a section, such as a9a")
     parser.add_argument("--page", type=Path, help="a Markdown file whose sections are replaced, plots beside it")
     given = parser.parse_args()
@@ -55,6 +56,7 @@ def main() -> None:
         clock=given.clock,
         repeats=given.repeats or (3 if given.quick else 7),
         limit=given.limit or (3.0 if given.quick else 300.0),
+        times=given.times,
         only=tuple(given.only),
         images=None if given.page is None else given.page.parent / "images",
     )

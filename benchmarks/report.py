@@ -26,6 +26,7 @@ class Settings:
         clock: "cpu", processor time, which other work on the machine changes little, or "wall".
         repeats: turns of each contender.
         limit: most seconds of a run until the target.
+        times: how many times as long as the first contender takes the others get.
         only: problems or cases; empty: the section's own.
         images: folder for the plots; None: no plots.
     """
@@ -38,6 +39,7 @@ class Settings:
     clock: str = "cpu"
     repeats: int = 7
     limit: float = 300.0
+    times: float = 6.0
     only: tuple[str, ...] = ()
     images: Path | None = None
     python: str = field(default=sys.executable)

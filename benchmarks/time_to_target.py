@@ -1,6 +1,6 @@
-"""Time until the outer loss is within 1e-4 (relative) of the best known.
+"""Time until the outer loss is within 1e-4 (relative) of the best known; on news20, half of what it was.
 
-    python -m benchmarks time-to-target --limit 300
+    python -m benchmarks time-to-target
 
 A contender runs from the common start and keeps its hyperparameters as it goes. Afterwards, off the clock, a judge
 trains to the end at these in float64, and the first that is within 1e-4 counts: what a contender believes of its own
@@ -9,13 +9,18 @@ runs found, ours and two hand-written ones with tighter tolerances; where a cont
 
 Rivals get the tolerances that serve them here (the inner gradient to 1e-5 of its first size, the adjoint to 1e-3;
 L-BFGS on the outer level 1e-7 and 1e-5, since its line search wants digits), inner and, where their interface has a
-place for them, adjoint warm starts, and the best of three learning rates of Adam. Ours are the default settings of
+place for them, adjoint warm starts, and the best of three learning rates of Adam: each gets the time that bilevel took,
+and the one that is lowest then is run again for up to six times as long. Ours are the default settings of
 `bilevel.solve`.
+
+The 62,061 strengths of news20 fit its 3,187 validation examples all but exactly, so the best value says nothing; the
+target is half of the outer loss at the start, and the rivals' Adam has the rate 1 alone, which is the fastest far away.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,8 @@ LOOKED_AT = 3e-4  # a run's own loss must be as near as this for the judge to lo
 # What long runs from the real data have found, so that they need not be run again: a9a by 100 steps of exact Newton
 # solutions with NumPy (Adam's runs of 80 steps end at 0.32203 to 0.32206, where removed features do not return).
 KNOWN = {"a9a": 0.3219004}
+HALVED = ("news20", "news20-binary")
+OPTUNA = 10.0  # times the first contender's time that it gets; `Settings.times` is that of the others
 NEWTON_UP_TO = 500  # inner variables
 TIGHT = Tolerances(inner=1e-6, adjoint=1e-4)
 
@@ -109,7 +116,7 @@ class Judge:
         self._w = exact.torch_params()
         start = [t.requires_grad_() for t in exact.torch_params()]
         first = torch.autograd.grad(self._inner(start, torch.from_numpy(exact.hparams)), start)
-        self._gtol = 1e-7 * float(hand_written.flatten(first).abs().max())
+        self._gtol = (1e-5 if workload.name in HALVED else 1e-7) * float(hand_written.flatten(first).abs().max())
 
     def loss(self, h: np.ndarray) -> float:
         """Return F(h)."""
@@ -201,28 +208,32 @@ class Race:
         self._workload = load(name, settings.data, settings.small)
         self._task = {"workload": name, "data": settings.data, "small": settings.small, "clock": settings.clock}
         self._judge = self._worker("judge")
-        self._lowest = math.inf
+        self._lowest, self._halves = math.inf, name in HALVED
+        if self._halves:
+            self._within, self._rates = 0.0, (1.0,)
 
     def run(self) -> str:
         best = self._lowest = self._best()
-        rows = {contender: self._row(contender, best) for contender in self._contenders}
+        ours, lines = None, []
+        for contender in self._contenders:
+            seconds, words = self._row(contender, best, ours)
+            ours = seconds if not lines else ours
+            lines.append([contender, *words])
         self._judge.close()
-        first = next(iter(rows))
-        ours = rows[first][0]
-        limit = self._settings.limit
-        lines = []
-        for contender, (seconds, words) in rows.items():
-            ratio = "-" if seconds is None or ours is None else f"{seconds / ours:.1f}"
-            if seconds is None and ours is not None and words[0].startswith(">"):
-                ratio = f"> {limit / ours:.1f}"
-            lines.append([contender, words[0], ratio, words[1]])
-        title = f"{self._workload.words}; best known outer loss {best:.7g}"
-        if self._lowest < best * (1.0 - 0.1 * self._within):
+        title, goal = f"{self._workload.words}; best known outer loss {best:.7g}", f"{self._within:.0e}"
+        if self._halves:
+            title, goal = f"{self._workload.words}; half of the first outer loss is {best:.4g}", "that"
+        elif self._lowest < best * (1.0 - 0.1 * self._within):
             title += f" (a contender went down to {self._lowest:.7g})"
-        return table(title, ["contender", f"time until {self._within:.0e}", f"of {first}'s", "how"], lines)
+        return table(title, ["contender", f"time until {goal}", f"of {next(iter(self._contenders))}'s", "how"], lines)
 
     def _best(self) -> float:
-        """Return the best known outer loss."""
+        """Return the best known outer loss, or half of the first."""
+        if self._halves:
+            path = str(self._folder / "start.npz")
+            h = self._workload.hparams.astype("f8")[None]
+            np.savez(path, h=h, loss=[0.0], wall=[0.0], cpu=[0.0])
+            return 0.5 * float(self._judge.ask(timeout=3600.0, path=path, target=None)["loss"])
         if self._workload.name in KNOWN and self._workload.source == "real data" and not self._settings.small:
             return KNOWN[self._workload.name]
         long = ("bilevel", "hand-written, L-BFGS", "hand-written, Adam")
@@ -241,37 +252,62 @@ class Race:
         worker.close()
         return float(self._judge.ask(timeout=3600.0, path=path, target=None)["loss"])
 
-    def _row(self, contender: str, best: float) -> tuple[float | None, tuple[str, str]]:
-        """Return the time until the target, None if it was not reached, and what to print."""
+    def _row(self, contender: str, best: float, ours: float | None) -> tuple[float | None, list[str]]:
+        """Return the time until the target, None if it was not reached, and what to print: time, ratio, how.
+
+        Every rate gets as long as the first contender took, and the best of them goes on from its start for as long as
+        rivals get.
+        """
         try:
             worker = self._worker(contender)
         except WorkerError as error:
-            return None, ("-", f"failed: {error}")
-        limit, found = self._settings.limit, dict[str, Any]()
+            return None, ["-", "-", f"failed: {error}"]
         rates = self._rates or self._workload.rates
         tried: tuple[float | None, ...] = rates[:1] if self._settings.quick else rates
         if contender in ("bilevel", "hand-written, L-BFGS", "optuna, 20 groups"):
             tried = (None,)
-        for rate in tried:
-            path = str(self._folder / "run.npz")
-            target = best * (1.0 + self._within)
-            try:
-                ended = worker.ask(timeout=4.0 * limit + 120.0, limit=limit, target=target, rate=rate, path=path)
-            except WorkerError as error:
-                return None, ("-", f"failed: {error}")
-            seen = {**ended, **self._judge.ask(timeout=3600.0, path=path, target=target), "rate": rate}
-            self._lowest = min(self._lowest, seen["loss"])
-            if seen["reached"]:
-                limit = seen[self._settings.clock]  # another rate must be faster to matter
-            better = not found or seen["reached"] > found["reached"] or seen["loss"] < found["loss"]
-            found = seen if seen["reached"] or (better and not found.get("reached")) else found
+        longest = self._settings.limit
+        if ours is not None:
+            longest = min(longest, (OPTUNA if contender.startswith("optuna") else self._settings.times) * ours)
+        limit = longest if ours is None or len(tried) == 1 else min(longest, ours)
+        runs = []
+        try:
+            for rate in tried:
+                runs.append(self._run(worker, contender, rate, limit, best))
+                if runs[-1]["reached"]:
+                    limit = runs[-1][self._settings.clock]  # another rate must be faster to matter
+            found = min(runs, key=self._rank)
+            if not found["reached"] and found["ended"] == "out of time" and limit < longest:
+                limit, found = longest, self._run(worker, contender, found["rate"], longest, best)
+        except WorkerError as error:
+            return None, ["-", "-", f"failed: {error}"]
         worker.close()
+        return self._words(found, limit, best, ours)
+
+    def _run(self, worker: Worker, contender: str, rate: float | None, limit: float, best: float) -> dict[str, Any]:
+        """Run once, and let the judge look; the line on stderr is there if the rest fails."""
+        path, target = str(self._folder / "run.npz"), best * (1.0 + self._within)
+        ended = worker.ask(timeout=4.0 * limit + 300.0, limit=limit, target=target, rate=rate, path=path)
+        seen = {**ended, **self._judge.ask(timeout=3600.0, path=path, target=target), "rate": rate}
+        self._lowest = min(self._lowest, seen["loss"])
+        print(f"{self._workload.name}: {contender}, limit {limit:.1f} s: {seen}", file=sys.stderr, flush=True)
+        return seen
+
+    def _rank(self, seen: dict[str, Any]) -> tuple[bool, float]:
+        """Order runs: those that got there by their time, then the others by their loss."""
+        reached = bool(seen["reached"])
+        return not reached, float(seen[self._settings.clock] if reached else seen["loss"])
+
+    def _words(
+        self, found: dict[str, Any], limit: float, best: float, ours: float | None
+    ) -> tuple[float | None, list[str]]:
         how = "" if found["rate"] is None else f"rate {found['rate']:g}"
         if found["reached"]:
             seconds = float(found[self._settings.clock])
-            return seconds, (duration(seconds), how)
-        short = found["loss"] / best - 1.0
+            return seconds, [duration(seconds), f"{seconds / (ours or seconds):.1f}", how]
         over = found["ended"] == "out of time"
-        spent = self._settings.limit if over else found[self._settings.clock]
+        spent = limit if over else found[self._settings.clock]
         words = f"> {duration(spent)}" if over else f"ended after {duration(spent)}"
-        return None, (f"{words}, at {short:.0e}", how if over else f"{how} {found['ended']}".strip())
+        ratio = f"> {limit / ours:.1f}" if over and ours is not None else "-"
+        how = how if over else f"{how} {found['ended']}".strip()
+        return None, [f"{words}, at {found['loss'] / best - 1.0:.0e}", ratio, how]
