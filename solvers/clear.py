@@ -75,22 +75,31 @@ def clearly_small(
         gain = max(gain, float(norm(present(system.pull_back(_signs(lower))))))
     relative = max(gain * v, direct) / size
     away, way = left / curvature, system.residual
-    if SENSITIVITY * relative * away > NEAR * far:
-        shorter, way = _newton_step(system.operator, system.residual, curvature, solution.steps // SHARE)
-        away = min(away, shorter)
-    moved = ratio(away, far)
-    if not SENSITIVITY * relative * moved <= NEAR:
-        return None
-    change = 0.0
-    if left > 0.0:
-        try:
-            there = outer_gradient(response, axpy(-away / float(norm(way)), way, lower), upper)
-        except NonFiniteError:
-            return None
-        steeper = ratio(float(norm(subtract(there.lower, outer.lower))), float(norm(outer.lower)))
-        change = ratio(float(norm(_between(there.upper, outer.upper))), size) + TURNED * relative * steeper
-    error = adjoint + max(SENSITIVITY * relative * moved, change)
-    return Correction(error, moved) if change <= NEAR else None
+    for last in (False, True):
+        if last:
+            shorter, way = _newton_step(system.operator, system.residual, curvature, solution.steps // SHARE)
+            away = min(away, shorter)
+        moved = SENSITIVITY * relative * ratio(away, far)
+        if not moved <= NEAR:
+            continue
+        change = 0.0
+        if left > 0.0:
+            change = _change(response, outer, axpy(-away / float(norm(way)), way, lower), upper, size, relative)
+        if change <= NEAR:
+            return Correction(adjoint + max(moved, change), ratio(away, far))
+    return None
+
+
+def _change(
+    response: Response, outer: OuterGradient, lower: Vector, upper: Vector, size: float, relative: float
+) -> float:
+    """Return what the change of the outer gradient on the way to `lower` comes to in the hypergradient."""
+    try:
+        there = outer_gradient(response, lower, upper)
+    except NonFiniteError:
+        return math.inf
+    steeper = ratio(float(norm(subtract(there.lower, outer.lower))), float(norm(outer.lower)))
+    return ratio(float(norm(_between(there.upper, outer.upper))), size) + TURNED * relative * steeper
 
 
 def _signs(like: Vector) -> Vector:

@@ -112,3 +112,22 @@ def test_the_dense_hessian_is_taken_where_a_batch_of_products_is_cheap() -> None
     assert by_cg.cost.products > 100
     assert 100 < found.cost.products < 140
     assert torch.allclose(found.gradient, by_cg.gradient, rtol=1e-6)
+
+
+def test_a_bound_is_sharpened_before_a_correction() -> None:
+    """Along the largest curvature, an inner residual is far less of an error than the smallest one says."""
+    h = 0.03
+    best = B / (CURVATURES + h)
+    problem = bilevel.BilevelProblem(
+        lambda w, h: (0.5 * (CURVATURES + h) * w**2 - B * w).sum(),
+        lambda w, h: 0.5 * ((w - 0.997 * best) ** 2).sum(),  # ∂f/∂w is small, so what changes it counts
+        torch.zeros(N, dtype=torch.float64),
+        torch.tensor(h, dtype=torch.float64),
+    )
+    params = best.clone()
+    params[-1] += 3e-8 * best.norm()
+    found = bilevel.hypergradient(problem, "cg", params=params)
+    truth = -(0.003 * best * best / (CURVATURES + h)).sum()
+    error = found.certificate.error
+    assert error is not None and relative_error(found.gradient, truth) <= 3.0 * error
+    assert found.cost.products <= 55  # a correction takes 74
