@@ -30,8 +30,10 @@ from bilevel.solvers.linear.lanczos import energy_bound, expected_smallest
 from bilevel.vector import Vector, axpy, norm, subtract, unflatten
 
 SMALL = 3e-4  # a third of the error that "exact" allows
-NEAR = 1e-4  # the part of it that may come from the inner solution, whose bound is often far too large
-SHARE, FEWEST = 15, 3  # of the products that the adjoint took, one in so many may go into a bound of |H^-1 R|
+NEAR = (
+    1e-4  # the part of it that may come from the inner solution where tolerances follow the estimate: often too large
+)
+SHARE, FEWEST = 6, 3  # of the products that the adjoint took, one in so many may go into a bound of |H^-1 R|
 TURNED = 3.0  # relative change of the hypergradient over that of ∂f/∂w
 FEW = 10  # hyperparameters, whose B may be blind to v and to e by chance
 
@@ -73,19 +75,19 @@ def clearly_small(
     gain = max(ratio(float(norm(_between({**gradient}, outer.upper))), v), ratio(reached, float(norm(missing))))
     if left > 0.0 and sum(t.numel() for t in upper.values()) < FEW:
         gain = max(gain, float(norm(present(system.pull_back(_signs(lower))))))
-    relative = max(gain * v, direct) / size
+    relative, near = max(gain * v, direct) / size, NEAR if response.slack > 1.0 else SMALL - adjoint
     away, way = left / curvature, system.residual
     for last in (False, True):
         if last:
             shorter, way = _newton_step(system.operator, system.residual, curvature, solution.steps // SHARE)
             away = min(away, shorter)
         moved = SENSITIVITY * relative * ratio(away, far)
-        if not moved <= NEAR:
+        if not moved <= near:
             continue
         change = 0.0
         if left > 0.0:
             change = _change(response, outer, axpy(-away / float(norm(way)), way, lower), upper, size, relative)
-        if change <= NEAR:
+        if change <= near:
             return Correction(adjoint + max(moved, change), ratio(away, far))
     return None
 

@@ -130,4 +130,4 @@ def test_a_bound_is_sharpened_before_a_correction() -> None:
     truth = -(0.003 * best * best / (CURVATURES + h)).sum()
     error = found.certificate.error
     assert error is not None and relative_error(found.gradient, truth) <= 3.0 * error
-    assert found.cost.products <= 55  # a correction takes 74
+    assert found.cost.products <= 60  # a correction takes 74

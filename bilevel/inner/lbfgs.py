@@ -47,9 +47,9 @@ NEWTON_PRODUCTS = 2000  # most products of one Newton step: restarted more often
 class LBFGS:
     """Minimize the inner loss by L-BFGS and Newton steps, from the previous inner solution where there is one.
 
-    From 100,000 variables on, Newton steps by conjugate gradients are tried first where a solution is near: a product
-    costs what a gradient does, and fewer vectors are handled. For deterministic problems: `inner_data` is None or one
-    batch.
+    From 100,000 variables on, and in float32, Newton steps by conjugate gradients are tried first where a solution is
+    near: a product costs what a gradient does, fewer vectors are handled, and no values are compared. For deterministic
+    problems: `inner_data` is None or one batch.
 
     Args:
         rtol: stop when the norm of the inner gradient is below rtol times its norm at `params`; None: 1e-9 in
@@ -75,8 +75,10 @@ class LBFGS:
             return InnerSolution(lower, 0, "converged")
         w, steps, pairs = lower, 0, None
         many = size(lower) >= MANY
-        # The solution of a problem nearby, or a Hessian that is all but known: so is the way.
-        if task.factor is not None or (many and lower is not task.params.start):
+        # The solution of a problem nearby, or a Hessian that is all but known: so is the way. In float32 Newton steps
+        # have to finish what a line search begins, which sees half of the digits of a value.
+        short = next(iter(lower.values())).dtype == torch.float32
+        if task.factor is not None or ((many or short) and lower is not task.params.start):
             w, steps, done = _newton(task, w, upper, threshold, linearize, system)
             if done:
                 return InnerSolution(w, steps, "converged")
