@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
 
-from bilevel import inner, penalties, prox, sparse
+from bilevel import callbacks, inner, penalties, prox, sparse
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
@@ -105,6 +105,7 @@ __all__ = [
     "Unroll",
     "ZeroOrder",
     "argmin",
+    "callbacks",
     "check",
     "check_gradient",
     "compare",

@@ -90,6 +90,16 @@ class Batches:
         other._stream, other._batch, other.deterministic = None, batch, True
         return other
 
+    def rows(self) -> int | None:
+        """Return the number of examples; None where they cannot be counted without reading the stream."""
+        if self._stream is None:
+            tensors = [leaf for leaf in optree.tree_leaves(self._batch) if getattr(leaf, "shape", ())]
+            return int(tensors[0].shape[0]) if tensors else None
+        try:
+            return len(self._stream.dataset)  # type: ignore[attr-defined]
+        except (AttributeError, TypeError):
+            return None
+
     def once(self) -> Iterator[Any]:
         """Read one pass on the side: neither the position nor a generator of the stream's own moves."""
         if self._stream is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import torch
 
@@ -43,10 +44,19 @@ def check_folder(path: str | os.PathLike[str], argument: str) -> None:
 
 def write(data: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write plain values and tensors to a file, all of it or nothing."""
+    _replace(lambda file: torch.save(data, file), path)
+
+
+def replace_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write text to a file as UTF-8, all of it or nothing."""
+    _replace(lambda file: file.write(text.encode()), path)
+
+
+def _replace(put: Callable[[BinaryIO], Any], path: str | os.PathLike[str]) -> None:
     temporary = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(temporary, "wb") as file:
-            torch.save(data, file)
+            put(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bilevel.certificate import Hypergradient
 from bilevel.checkpoint import Checkpoint, Keeper
 from bilevel.choosing import settled
+from bilevel.context import context
 from bilevel.descent import descend, descend_lbfgs
 from bilevel.errors import (
     InvalidTypeError,
@@ -31,6 +32,7 @@ from bilevel.evaluation import (
     own_randomness,
     report_untrusted,
 )
+from bilevel.listening import Listeners
 from bilevel.problem import BilevelProblem
 from bilevel.run import Run, Stop
 from bilevel.solution import Record, Solution
@@ -110,7 +112,7 @@ def solve(
             norm at the start; None: 1e-6 in float64, 1e-4 in float32.
         seed: seed of torch's random numbers inside the run; the global random state is left as it was.
         progress: a progress bar on stderr; None: where that is a terminal.
-        callbacks: each is called after every step with that step's `Record`.
+        callbacks: each is called after every step with that step's `Record`; see `bilevel.callbacks`.
         on_untrusted: what to do about a hypergradient that cannot be trusted: "warn" (once a run), "raise" or "ignore".
             Unless it is "ignore", "lbfgs" steps back from such points, or ends the run; torch optimizers go on.
         checkpoint: a path (or a `bilevel.Checkpoint` with how often). The run writes its state there as it goes; a call
@@ -125,9 +127,8 @@ def solve(
         NonFiniteError: something became NaN or infinite; `.solution` is the run up to the last good step.
         UntrustedHypergradientError: with `on_untrusted="raise"`; `.solution` likewise.
     """
-    check_problem(problem)
-    check_on_untrusted(on_untrusted)
-    _check_run(problem, steps, tol, callbacks, patience)
+    given = {name: value for name, value in locals().items() if name not in ("problem", "progress")}
+    _check_run(problem, steps, tol, callbacks, on_untrusted, patience)
     chosen, notes = _begun(problem, method)
     optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
@@ -135,11 +136,11 @@ def solve(
     shown = sys.stderr.isatty() if progress is None else progress
     problem.restart()
     with own_randomness(problem, seed), tqdm(total=steps, disable=not shown, unit="step") as bar:
-        report = [*callbacks, lambda record: _show(bar, record)]
+        listeners = Listeners([*callbacks, lambda record: _show(bar, record)], context(problem, given))
         evaluator = Evaluator(problem, chosen, notes=notes)
-        run = Run(evaluator, steps=steps, tol=tol, on_untrusted=on_untrusted, callbacks=report, patience=patience)
-        status = _walk(run, Keeper(place, _label(optimizer, patience)), optimizer)
-    solution = run.solution(status)
+        run = Run(evaluator, steps=steps, tol=tol, on_untrusted=on_untrusted, listeners=listeners, patience=patience)
+        keeper = Keeper(place, _label(optimizer, patience))
+        solution = listeners.until_end(lambda: run.solution(_walk(run, keeper, optimizer)))
     if about(chosen).begins != "last" or not solution.certificate.trusted:  # their first ones are a transient
         _report_run(solution, on_untrusted)
     return solution
@@ -204,8 +205,15 @@ def _show(bar: Any, record: Record) -> None:
 
 
 def _check_run(
-    problem: BilevelProblem, steps: int | None, tol: float | None, callbacks: Any, patience: int | None
+    problem: BilevelProblem,
+    steps: int | None,
+    tol: float | None,
+    callbacks: Any,
+    on_untrusted: str,
+    patience: int | None,
 ) -> None:
+    check_problem(problem)
+    check_on_untrusted(on_untrusted)
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise InvalidValueError(f"`steps` is {steps!r}, expected a whole number of at least 1, or None")
     if tol is not None and (not isinstance(tol, (int, float)) or not 0.0 <= tol < 1.0):
@@ -214,6 +222,11 @@ def _check_run(
         raise InvalidTypeError(
             "`callbacks` is expected to be a list of functions of a Record; write callbacks=[function]"
         )
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise InvalidTypeError(
+                f"`callbacks` holds the class {callback.__name__}, expected an object; write {callback.__name__}(...)"
+            )
     check_patience(problem, patience)
 
 

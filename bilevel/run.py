@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from bilevel.certificate import Cost
 from bilevel.errors import NonFiniteError
 from bilevel.evaluation import Evaluation, Evaluator, report_untrusted, trained_on
+from bilevel.listening import Listeners
 from bilevel.point import Point
 from bilevel.randomness import get_random, set_random
 from bilevel.slack import START, may_loosen, next_slack, tightened
@@ -53,11 +53,11 @@ class Run:
         steps: int,
         tol: float,
         on_untrusted: str,
-        callbacks: Sequence[Callable[[Record], Any]],
+        listeners: Listeners,
         patience: int | None = None,
     ) -> None:
         self.evaluator, self.steps, self.tol = evaluator, steps, tol
-        self.callbacks = callbacks
+        self._listeners = listeners
         self.start: Record | None = None
         self.history: list[Record] = []
         self._on_untrusted, self._best = on_untrusted, Best(patience)
@@ -143,15 +143,10 @@ class Run:
         self._best.see(point, record.step, record.test_loss)
         if self.start is None:
             self.start = record
+            self._listeners.begin([record])
         else:
             self.history.append(record)
-            for callback in self.callbacks:
-                try:
-                    callback(record)
-                except StopIteration as error:  # SciPy would take it for its own
-                    raise RuntimeError(
-                        "a callback raised StopIteration; to end a run, raise KeyboardInterrupt"
-                    ) from error
+            self._listeners.step(self.start, self.history)
         self._set_floor(point, self.start.hypergradient_norm)
         self._stop_if_done(point, size)
         if (status := self._best.status(record.step)) is not None:

@@ -93,6 +93,7 @@ class Solution:
         start: the record of the starting point.
         step: the outer step whose point this is: the last one, or with `patience` that of the lowest test loss.
         test_loss: the loss of the third split there; None without one.
+        context: how the run was made, plain values: the call of `solve`, the problem, script, versions, machine.
     """
 
     hparams: Any
@@ -104,6 +105,7 @@ class Solution:
     start: Record = field(repr=False)
     step: int = -1
     test_loss: float | None = None
+    context: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _write_back: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     _names: Callable[[], dict[int, tuple[str, ...]]] | None = field(default=None, repr=False, compare=False)
 
@@ -222,6 +224,7 @@ class Solution:
             "start": asdict(self.start),
             "step": self.step,
             "test_loss": self.test_loss,
+            "context": self.context,
         }
         check_folder(path, "path")
         write(data, path)
@@ -247,6 +250,7 @@ class Solution:
                 Record(**data["start"]),
                 data.get("step", -1),
                 data.get("test_loss"),
+                data.get("context", {}),
             )
         except (KeyError, TypeError) as error:
             raise InvalidValueError(f"{os.fspath(path)} was damaged after Solution.save wrote it: {error}") from error
