@@ -3,6 +3,9 @@
 import os
 import re
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import bilevel
 
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in the pages of the examples
@@ -15,7 +18,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx_gallery.gen_gallery",
 ]
 html_theme = "furo"
@@ -25,6 +27,7 @@ exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py", "gallery/*.json
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3  # [links](page.md#to-a-heading)
 
+html_math_renderer = "mathml"
 default_role = "literal"  # `names` in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures show them already
@@ -52,6 +55,19 @@ def escape_bars(app, what, name, obj, options, lines):
             lines[i] = "".join(piece if piece.startswith("`") else piece.replace("|", r"\|") for piece in pieces)
 
 
+def inline_math(self, node):
+    """Write $formula$ as MathML, which browsers draw without a script from elsewhere."""
+    self.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(self, node):
+    """The same for $$formula$$."""
+    self.body.append(f'<div class="formula">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):
-    """Connect it before napoleon, whose priority is 500."""
+    """Bars before napoleon, whose priority is 500."""
+    app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))
     app.connect("autodoc-process-docstring", escape_bars, priority=400)
