@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: tune hyperparameters by gradients that say how far they can be trusted."""
 
-from bilevel import callbacks, inner, penalties, prox, sparse
+from bilevel import augment, callbacks, inner, penalties, priors, prox, relaxed, sparse, weighting
 from bilevel.certificate import Certificate, Cost, Hypergradient
 from bilevel.checkpoint import Checkpoint
 from bilevel.comparison import ComparedMethod, Comparison, compare
@@ -105,6 +105,7 @@ __all__ = [
     "Unroll",
     "ZeroOrder",
     "argmin",
+    "augment",
     "callbacks",
     "check",
     "check_gradient",
@@ -117,10 +118,13 @@ __all__ = [
     "parameters",
     "penalties",
     "positive",
+    "priors",
     "prox",
     "real",
+    "relaxed",
     "root",
     "simplex",
     "solve",
     "sparse",
+    "weighting",
 ]

@@ -174,6 +174,16 @@ def covered(tensors: list[Tensor], names: Names, on: str | Sequence[str] | None,
     return chosen
 
 
+def chosen(
+    tensors: list[Tensor], names: Names, on: str | Sequence[str] | None, what: str
+) -> tuple[list[Tensor], Names]:
+    """Return the tensors that `on` chooses, with their names."""
+    if not tensors:
+        raise InvalidValueError(f"{what}: the module has no parameter that is trained")
+    kept = [(t, own) for t, own, take in zip(tensors, names, covered(tensors, names, on, what), strict=True) if take]
+    return [t for t, _ in kept], tuple(own for _, own in kept)
+
+
 def values_of(names: Names, values: Values, per: Groups | None, what: str) -> list[Any]:
     """Return the value of each tensor, a number or a Tensor; None where a dict has none for it."""
     if per is not None and not isinstance(per, Mapping):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bilevel.errors import InvalidTypeError, InvalidValueError, meant
 from bilevel.hyperparameters import positive
 from bilevel.param_groups import groups, param_groups
-from bilevel.patterns import Groups, Values, as_tensors, covered, fitting, shared_out, values_of
+from bilevel.patterns import Groups, Values, as_tensors, chosen, fitting, shared_out, values_of
 from bilevel.ranges import Hyperparameter
 
 __all__ = ["elastic_net", "group", "groups", "l1", "l2", "param_groups", "strengths"]
@@ -134,7 +134,7 @@ def strengths(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(f"penalties.strengths: `value` is a {type(value).__name__}, expected a number")
-    tensors, names = _chosen(module, on, "penalties.strengths")
+    tensors, names = chosen(*as_tensors(module, "penalties.strengths"), on, "penalties.strengths")
     if isinstance(per, Mapping):
         shared_out(names, list(per), per, "penalties.strengths: `per`")
         return {label: make(value, ()) for label in per}
@@ -157,21 +157,12 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def _chosen(model: Any, on: On, what: str) -> tuple[list[Tensor], tuple[tuple[str, ...], ...]]:
-    tensors, names = as_tensors(model, what)
-    if not tensors:
-        raise InvalidValueError(f"{what}: the {type(model).__name__} has no parameter that is trained")
-    chosen = covered(tensors, names, on, what)
-    kept = [(t, own) for t, own, take in zip(tensors, names, chosen, strict=True) if take]
-    return [t for t, _ in kept], tuple(own for _, own in kept)
-
-
 def _total(
     model: Any, values: Values, per: Groups | None, on: On, name: str, measure: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return the sum over tensors of strength times measure."""
     what = f"penalties.{name}: `strengths`"
-    tensors, names = _chosen(model, on, f"penalties.{name}")
+    tensors, names = chosen(*as_tensors(model, f"penalties.{name}"), on, f"penalties.{name}")
     terms = []
     for w, own, s in zip(tensors, names, values_of(names, values, per, what), strict=True):
         if s is None:
