@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import bilevel
 from benchmarks import hand_written, overhead, scaling
@@ -55,6 +56,26 @@ def test_a_run_of_ten_steps() -> None:
     assert solution.outer_loss < 0.2417  # SciPy's L-BFGS-B gets to 0.2420 in ten steps
     assert spent.gradients <= 360
     assert spent.products <= 1300
+
+
+def test_a_run_in_float32_over_weights_of_examples() -> None:
+    """Two evaluations for the first step, and Newton steps from the last inner solution."""
+    dice = torch.Generator().manual_seed(0)
+    X, Xv = torch.randn(2, 300, 30, generator=dice)
+    truth = torch.randn(30, 3, generator=dice)
+    y, yv = (X @ truth).argmax(1), (Xv @ truth).argmax(1)
+    y[:150] = torch.randint(3, (150,), generator=dice)
+
+    def inner(w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return (h.sigmoid() * cross_entropy(X @ w, y, reduction="none")).mean() + 1e-3 * (w**2).sum()
+
+    problem = BilevelProblem(inner, lambda w, h: cross_entropy(Xv @ w, yv), torch.zeros(30, 3), torch.zeros(300))
+    solution = bilevel.solve(problem, "cg", steps=8)
+    assert all(record.verdict == "exact" for record in solution.history)
+    assert solution.outer_loss < 0.171
+    assert [record.inner_solves for record in solution.history] == 8 * [1]
+    assert sum(record.gradients for record in solution.history) <= 90  # 430 where L-BFGS begins from there
+    assert sum(record.products for record in solution.history) <= 700
 
 
 def test_the_number_of_hyperparameters_changes_no_count() -> None:
