@@ -52,7 +52,7 @@ def dropout(x: Tensor, rate: float | Tensor, *, temperature: float = 0.1, shared
 def with_dropout(
     model: nn.Module, rates: Values, *, per: Groups | None = None, temperature: float = 0.1
 ) -> Iterator[None]:
-    """Let the dropout layers of a module drop at these rates, inside of a loss.
+    """Let the dropout layers of a module drop at these rates, inside of a loss::
 
         with relaxed.with_dropout(net, h["dropout"]):
             logits = net(x)
