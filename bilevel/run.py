@@ -135,9 +135,10 @@ class Run:
         Where that is the end of the run, the point is taken again without slack.
         """
         last = self.start is not None and len(self.history) + 1 == self.steps
-        if point.slack > 1.0 and (last or self._is_stationary(point)):
-            point = self._without_slack(point)
         size = self._projected_norm(point)
+        if point.slack > 1.0 and (last or self._is_stationary(size)):
+            point = self._without_slack(point)
+            size = self._projected_norm(point)
         record = self._record(point, size)
         self._accepted = point
         self._best.see(point, record.step, record.test_loss)
@@ -148,7 +149,7 @@ class Run:
             self.history.append(record)
             self._listeners.step(self.start, self.history)
         self._set_floor(point, self.start.hypergradient_norm)
-        self._stop_if_done(point, size)
+        self._stop_if_done(size)
         if (status := self._best.status(record.step)) is not None:
             raise Stop(status)
 
@@ -166,20 +167,19 @@ class Run:
             self.history[-1] = record
         else:
             self.start = record
-        self._stop_if_done(point, size)
+        self._stop_if_done(size)
         return point
 
-    def _is_stationary(self, point: Point) -> bool:
-        first = 0.0 if self.start is None else self.start.hypergradient_norm
-        return self._projected_norm(point) <= self.tol * first
+    def _is_stationary(self, size: float) -> bool:
+        return size <= self.tol * (0.0 if self.start is None else self.start.hypergradient_norm)
 
-    def _stop_if_done(self, point: Point, size: float) -> None:
+    def _stop_if_done(self, size: float) -> None:
         if size == 0.0 and not self.history:
             raise Stop(
                 "converged: the hypergradient is exactly zero at the start; if that is a surprise, look for a term "
                 "of the inner loss that is detached from params (.detach(), .item(), float())"
             )
-        if self._is_stationary(point):
+        if self._is_stationary(size):
             raise Stop(
                 f"converged: the projected hypergradient norm {size:.1e} is at most tol={self.tol:g} times the first"
             )

@@ -120,13 +120,12 @@ def _factor_definite(A: Tensor, rounding: float) -> tuple[Tensor, float] | None:
     factor, info = torch.linalg.cholesky_ex(A if even else A / root / root[:, None])
     if int(info):
         return None
+    factor = factor if even else root[:, None] * factor
     smallest = smallest_value(factor)
-    if not smallest > rounding * (high if even else 1.0):  # no entry of a definite matrix is above its diagonal
-        return None
-    if even:
+    # No entry of a definite matrix is above its diagonal; scaled, its smallest eigenvalue is at least smallest / high.
+    if smallest > rounding * high or (not even and smallest_value(factor / root[:, None]) > rounding):
         return factor, smallest
-    factor = root[:, None] * factor
-    return factor, smallest_value(factor)
+    return None
 
 
 def solve_with(factor: Tensor) -> Inverse:
