@@ -149,6 +149,10 @@ class CG:
         chosen = self.preconditioner
         if chosen == "auto" and operator.factor is not None:
             return by_factor(operator.factor)
+        if chosen == "auto" and operator.pairs is not None:
+            diagonal = operator.pairs.scale.reciprocal()
+            if badly_scaled(diagonal):
+                return diagonal_of(diagonal)
         if chosen == "auto" and operator.kept and "diagonal" in operator.kept:
             return diagonal_of(operator.kept["diagonal"])
         if chosen is None or chosen == "auto":
