@@ -21,6 +21,7 @@ from bilevel.operators import Pairs
 from bilevel.problem import BilevelProblem
 from bilevel.prox import Piece, assign
 from bilevel.randomness import get_random, replayed
+from bilevel.solvers.base import Linearization
 from bilevel.stepping import Stepping
 from bilevel.twice import INSTEAD, explain, explained, twice_differentiable
 from bilevel.variables import StructureVariables
@@ -52,7 +53,7 @@ class ProblemResponse(Stepping):
     Attributes:
         cost: gradients and products spent so far.
         inner_loss: the inner loss where it was last differentiated twice, or first looked at; None before.
-        gradient_floor, held, stochastic, slack, second_moment, pairs, factor, members: see `Response`.
+        gradient_floor, held, stochastic, slack, second_moment, pairs, factor, members, solved: see `Response`.
         penalties: those of `bilevel.prox`, by the names of their tensors.
         piece: the smooth piece on which the inner solution lies, found where `residual` is first asked for; None before
             and without a penalty of `bilevel.prox`.
@@ -73,8 +74,7 @@ class ProblemResponse(Stepping):
         self.piece: Piece | None = None
         self._hparams: Lent = problem.hparams.layout
         self.ranges = problem.hparams
-        self.data = problem.inner_data
-        self.deterministic = problem.inner_batches.deterministic
+        self.data, self.deterministic = problem.inner_data, problem.inner_batches.deterministic
         self.gradient_floor = gradient_floor
         self.held, self.stochastic, self.slack = False, not problem.deterministic, 1.0
         self.cost = Cost()
@@ -87,10 +87,10 @@ class ProblemResponse(Stepping):
         self.second_moment: Vector | None = None
         self.pairs: Pairs | None = None
         self.factor: Tensor | None = None
-        self.members = problem.members
         self.sensitivity: Callable[[Vector, Vector], Vector] | None = None
+        self.solved: Linearization | None = None
         self._set_up = self._first_order = False
-        self._recurrent = self.params.has_recurrent_layers_on_gpu()
+        self.members, self._recurrent = problem.members, self.params.has_recurrent_layers_on_gpu()
         self._device = next(iter(problem.params.start.values())).device
         self._random = get_random(self._device)
 
@@ -216,7 +216,7 @@ class ProblemResponse(Stepping):
 
     def see(self, inner: Any, outer: Any) -> None:
         """See `Response.see`."""
-        self._inner_batch, self._outer_batch, self._start_norm = inner, outer, None
+        self._inner_batch, self._outer_batch, self._start_norm, self.solved = inner, outer, None, None
 
     def redraw(self) -> None:
         """See `Response.redraw`."""
@@ -235,7 +235,7 @@ class ProblemResponse(Stepping):
         self.piece = None
         solution = self._solver.solve(self, lower, upper)
         self.second_moment, self.pairs = solution.second_moment, solution.pairs
-        self.sensitivity = solution.sensitivity
+        self.sensitivity, self.solved = solution.sensitivity, solution.system
         return solution
 
     def draw(self) -> Any:

@@ -70,6 +70,9 @@ class Response(RootCondition, Protocol):
     """(w, gradient) -> how far the inner optimizer's next step moves with each entry of the gradient, in the state that
     training ended with; None without an inner optimizer, and where it did not run."""
 
+    solved: Linearization | None
+    """The inner problem to first order where training ended, if the inner solver left it."""
+
     ranges: Hyperparameters
     """What keeps hyperparameters that are moved inside of their ranges."""
 
@@ -189,11 +192,9 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
     filled = {name: torch.zeros_like(w[name]) if g is None else dense(g) for name, g in by_lower.items()}
     if not is_finite(filled):
         raise NonFiniteError(f"the gradient of the outer loss is not finite; {NAN_ADVICE}", "outer gradient")
-    return OuterGradient(
-        float(loss.detach()),
-        filled,
-        {n: None if g is None else dense(g) for n, g in zip(h, grads[len(w) :], strict=True)},
-    )
+    direct: dict[str, Tensor | None] = dict(zip(h, grads[len(w) :], strict=True))
+    direct = {n: None if g is None else dense(g) for n, g in direct.items()}
+    return OuterGradient(float(loss.detach()), filled, direct)
 
 
 class System(Protocol):
@@ -215,17 +216,16 @@ class System(Protocol):
 
 
 class Linearization:
-    """R at one point with its graph: built once, many vectors are pulled back through it.
+    """R at one point with its graph: built once, many vectors are pulled back through it (see `System`).
 
     Attributes:
-        residual: R(w, λ), no graph.
-        operator: v -> H v with H = dR/dw, the inner Hessian (symmetric, since R is a gradient).
+        point: w and λ, as they were given.
     """
 
     noise = 0.0  # autograd rounds, no more
 
     def __init__(self, response: RootCondition, lower: Vector, upper: Vector) -> None:
-        self._response, self._cost = response, response.cost
+        self._response, self._cost, self.point = response, response.cost, (lower, upper)
         self._lower, self._upper = leaves(lower), leaves(upper)
         attached = response.residual(self._lower, self._upper)
         # A loss that is linear in some tensor gives a constant R there: nothing to pull back.
@@ -278,6 +278,14 @@ class Linearization:
         return {name: None if g is None else dense(g) for name, g in zip(onto, grads, strict=True)}
 
 
+def linearization(response: Response, lower: Vector, upper: Vector) -> Linearization:
+    """Return R with its graph; where training ended at this very point, the graph that it left."""
+    left = response.solved
+    if left is None or left.point[0] is not lower or left.point[1] is not upper:
+        return Linearization(response, lower, upper)
+    return left
+
+
 def add_terms(
     response: Response,
     direct: dict[str, Tensor | None],
@@ -285,15 +293,7 @@ def add_terms(
     upper: Vector,
     hint: str,
 ) -> Vector:
-    """Return direct + through; raise for a hyperparameter that has neither.
-
-    Args:
-        response: knows what the user calls each hyperparameter.
-        direct: the partial gradient of the outer loss.
-        through: the gradient through the inner variables.
-        upper: the hyperparameters.
-        hint: what to do about a hyperparameter without a path, as a sentence.
-    """
+    """Return direct + through; raise for a hyperparameter that has neither, with what to do about it as a `hint`."""
     total = zeros_like(upper)
     for name in upper:
         terms: Sequence[Tensor] = [t for t in (direct[name], through[name]) if t is not None]

@@ -3,8 +3,7 @@
     dF/dλ = ∂f/∂λ - (∂R/∂λ)^T v      with  H v = ∂f/∂w,  H = ∂R/∂w at the inner solution
 
 Pedregosa, Hyperparameter optimization with approximate gradient, ICML 2016, equation 2 and algorithm 1;
-Lorraine, Vicol and Duvenaud, AISTATS 2020, equation 3. Only stationarity of the inner solution matters, not
-the optimizer that found it.
+Lorraine, Vicol and Duvenaud, AISTATS 2020, equation 3. Any optimizer may have found the inner solution.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from bilevel.solvers.base import (
     System,
     add_terms,
     inner_scale,
+    linearization,
     negative,
     outer_gradient,
     ratio,
@@ -138,7 +138,7 @@ def differentiate(
     upper: Vector,
     state: Adjoint | None,
     linear_solver: LinearSolver | None,
-    linearize: Linearize = Linearization,
+    linearize: Linearize = linearization,
     advice: str = "",
 ) -> tuple[Hypergradient, Adjoint, Seen]:
     """Return the hypergradient in the precision of `lower`, the adjoint, and what both came from.
@@ -157,7 +157,7 @@ def differentiate(
     warm, kept, share, spent = None, None, SHARE, response.cost.gradients  # of training; a factor would have helped
     if state is not None:
         warm, kept, spent, share = state["value"], state["kept"], state["spent"], state["share"]
-    operator = replace(system.operator, kept=kept, slack=response.slack)
+    operator = replace(system.operator, kept=kept, slack=response.slack, pairs=response.pairs)
     if linear_solver is None and state is None and isinstance(system, Linearization) and _may_be_dense(operator):
         share = min(SHARE, system.dense_share())
     solver = linear_solver or default_solver(operator, spent, share)
@@ -165,7 +165,7 @@ def differentiate(
     solution, turned = solve_safely(solver, operator, outer.lower, warm, limit)
     if limit is not None and solution.status == "max_steps":
         solver, solution = Cholesky(), Cholesky().solve(operator, outer.lower)
-    if linear_solver is None and isinstance(solver, Cholesky):
+    if isinstance(solver, Cholesky):
         response.factor, spent = solution.factor, -solution.steps
     notes = solution.notes + (_TURNED.format(type(solver).__name__),) * turned
     through = negative(system.pull_back(solution.value))

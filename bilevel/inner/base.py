@@ -13,7 +13,7 @@ from bilevel.errors import InvalidValueError
 from bilevel.layout import Variables
 from bilevel.operators import Pairs
 from bilevel.prox.piece import Piece
-from bilevel.solvers.base import Response
+from bilevel.solvers.base import Linearization, Response
 from bilevel.vector import Vector
 
 
@@ -28,6 +28,7 @@ class InnerSolution:
         second_moment: mean square of the gradients met, where the solver keeps one (Adam, RMSProp); else None.
         pairs: what L-BFGS saw of the Hessian; None for others, and where it took no step.
         sensitivity: see `bilevel.solvers.Response`; None for solvers without steps of an optimizer.
+        system: the inner problem to first order at `value`, where the solver knows it.
     """
 
     value: Vector
@@ -36,6 +37,7 @@ class InnerSolution:
     second_moment: Vector | None = None
     pairs: Pairs | None = None
     sensitivity: Callable[[Vector, Vector], Vector] | None = None
+    system: Linearization | None = None
 
 
 class Task(Response, Protocol):
@@ -71,6 +73,10 @@ class Task(Response, Protocol):
 
     def hparams(self, upper: Vector) -> AbstractContextManager[Any]:
         """Lend the user's `hparams` with the tensors of `upper`."""
+        ...
+
+    def session(self) -> AbstractContextManager[None]:
+        """Set torch up for two derivatives once, for all that runs inside."""
         ...
 
     def on(self, piece: Piece) -> Response:

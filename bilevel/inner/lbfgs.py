@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -68,30 +68,35 @@ class LBFGS:
         """See `InnerSolver.solve`."""
         instead = 'inner_solver=bilevel.inner.Adam(lr=..., steps=...), or method="soba", which needs no inner solver'
         check_fixed_loss(task, "L-BFGS", instead)
+        with task.session():
+            return self._solve(task, lower, upper)
+
+    def _solve(self, task: Task, lower: Vector, upper: Vector) -> InnerSolution:
         first = task.start_gradient_norm(upper)
         threshold = tolerance(self.rtol, next(iter(lower.values())).dtype, task.slack) * first
         system, linearize = linearized(task, lower, upper)
         if float(norm(system.residual)) <= threshold:
-            return InnerSolution(lower, 0, "converged")
+            return _ended(lower, 0, "converged", system)
         w, steps, pairs = lower, 0, None
         many = size(lower) >= MANY
         # The solution of a problem nearby, or a Hessian that is all but known: so is the way. In float32 Newton steps
         # have to finish what a line search begins, which sees half of the digits of a value.
         short = next(iter(lower.values())).dtype == torch.float32
         if task.factor is not None or ((many or short) and lower is not task.params.start):
-            w, steps, done = _newton(task, w, upper, threshold, linearize, system)
-            if done:
-                return InnerSolution(w, steps, "converged")
+            near = _newton(task, w, upper, threshold, linearize, system)
+            if near.status == "converged":
+                return near
+            w, steps = near.value, near.steps
         units = _units(system.operator)
         for part in (NEAR, 0.0) if many else (0.0,):  # where Newton steps do not get there from nearby, all the way
             descent = _descend(task, w, upper, units, max(threshold, part * first), self.max_steps)
             w, steps, pairs = descent.value, steps + descent.steps, descent.pairs or pairs
             if descent.status == "converged" and part * first <= threshold:
                 break
-            w, more, done = _newton(task, w, upper, threshold, linearize)
-            steps = steps + more
-            if done:
-                return InnerSolution(w, steps, "converged", pairs=pairs)
+            near = _newton(task, w, upper, threshold, linearize)
+            w, steps = near.value, steps + near.steps
+            if near.status == "converged":
+                return replace(near, steps=steps, pairs=pairs)
             if descent.status != "converged":
                 break
         return InnerSolution(w, steps, descent.status, pairs=pairs)
@@ -210,26 +215,26 @@ def _units(operator: LinearOperator) -> Array:
 
 def _newton(
     task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize, here: System | None = None
-) -> tuple[Vector, int, bool]:
-    """Take Newton steps while the gradient shrinks; return the end, the steps and whether it is there.
+) -> InnerSolution:
+    """Take Newton steps while the gradient shrinks; return the end, "converged" or "stalled".
 
     `here` is the problem to first order at `lower`, where it is known.
     """
-    best, best_norm, candidate, spent = lower, math.inf, lower, 0
+    best, best_norm, candidate, spent = _ended(lower, 0, "stalled", here), math.inf, lower, 0
     for taken in range(NEWTON_STEPS + 1):
         try:
             system = linearize(task, candidate, upper) if here is None or taken else here
         except NonFiniteError:
             if not taken:
                 raise
-            return best, taken, False
+            return best
         left = float(norm(system.residual))
         if not left < 0.5 * best_norm:
-            return (candidate, taken, False) if left < best_norm else (best, taken, False)
+            return _ended(candidate, taken, "stalled", system) if left < best_norm else replace(best, steps=taken)
         fell = left / best_norm  # Eisenstat and Walker, Choosing the forcing terms in an inexact Newton method (1996)
-        best, best_norm = candidate, left
+        best, best_norm = _ended(candidate, taken, "converged" if left <= threshold else "stalled", system), left
         if left <= threshold or taken == NEWTON_STEPS:
-            return best, taken, left <= threshold
+            return best
         rtol = min(NEWTON_RTOL, max(fell**2, ENOUGH * threshold / left)) if taken else NEWTON_RTOL
         solver: LinearSolver = CG(rtol=rtol, max_steps=NEWTON_PRODUCTS)
         if task.factor is not None:
@@ -240,6 +245,10 @@ def _newton(
         if step.factor is not None:
             task.factor, spent = step.factor, 0
         if step.status in FATAL or (step.status != "converged" and step.relative > 0.5):
-            return best, taken, False
+            return best
         candidate = detach(subtract(candidate, step.value))
     raise AssertionError("the loop returns")
+
+
+def _ended(w: Vector, steps: int, status: str, system: System | None) -> InnerSolution:
+    return InnerSolution(w, steps, status, system=system if isinstance(system, Linearization) else None)
