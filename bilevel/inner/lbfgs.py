@@ -221,6 +221,8 @@ def _newton(
     `here` is the problem to first order at `lower`, where it is known.
     """
     best, best_norm, candidate, spent = _ended(lower, 0, "stalled", here), math.inf, lower, 0
+    # In float32 an inner gradient just below the threshold is often too large to trust; float64 is dear beside a step.
+    enough = threshold if next(iter(lower.values())).dtype == torch.float64 else ENOUGH * threshold
     for taken in range(NEWTON_STEPS + 1):
         try:
             system = linearize(task, candidate, upper) if here is None or taken else here
@@ -229,13 +231,14 @@ def _newton(
                 raise
             return best
         left = float(norm(system.residual))
+        status = "converged" if left <= threshold else "stalled"
         if not left < 0.5 * best_norm:
-            return _ended(candidate, taken, "stalled", system) if left < best_norm else replace(best, steps=taken)
+            return _ended(candidate, taken, status, system) if left < best_norm else replace(best, steps=taken)
         fell = left / best_norm  # Eisenstat and Walker, Choosing the forcing terms in an inexact Newton method (1996)
-        best, best_norm = _ended(candidate, taken, "converged" if left <= threshold else "stalled", system), left
-        if left <= threshold or taken == NEWTON_STEPS:
+        best, best_norm = _ended(candidate, taken, status, system), left
+        if left <= enough or taken == NEWTON_STEPS:
             return best
-        rtol = min(NEWTON_RTOL, max(fell**2, ENOUGH * threshold / left)) if taken else NEWTON_RTOL
+        rtol = min(NEWTON_RTOL, max(fell**2, ENOUGH * enough / left)) if taken else NEWTON_RTOL
         solver: LinearSolver = CG(rtol=rtol, max_steps=NEWTON_PRODUCTS)
         if task.factor is not None:
             dense = default_solver(system.operator, spent)
