@@ -17,6 +17,7 @@ from bilevel.errors import (
 )
 from bilevel.families import over
 from bilevel.gradient_check import GradientCheck, check_gradient
+from bilevel.hyper_optimizer import HyperOptimizer
 from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
 from bilevel.preflight import Finding, Report, check
@@ -81,6 +82,7 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "GradientCheck",
+    "HyperOptimizer",
     "Hypergradient",
     "Implicit",
     "InvalidTypeError",

@@ -16,7 +16,7 @@ from bilevel.minimize import HISTORY, Array, far_lbfgs
 from bilevel.point import Point
 from bilevel.run import Run, Stop
 from bilevel.scaled import scaled_lbfgs
-from bilevel.vector import detach, flatten, unflatten
+from bilevel.vector import Vector, detach, flatten, unflatten
 
 TRIES = 8  # untrusted points on the way to a step; the last is 1 / 4^7 of the way
 
@@ -24,7 +24,7 @@ TRIES = 8  # untrusted points on the way to a step; the last is 1 / 4^7 of the w
 def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimizer]) -> None:
     """Walk with a torch optimizer over the unconstrained values until `Stop`."""
     free = {name: torch.nn.Parameter(t.clone()) for name, t in run.free_start.items()}
-    optimizer = _made(factory, list(free.values()))
+    optimizer = made_optimizer(factory, list(free.values()))
     saved = keeper.resume(run)
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
@@ -34,16 +34,25 @@ def descend(run: Run, keeper: Keeper, factory: Callable[..., torch.optim.Optimiz
     while True:
         point = run.evaluate({name: t.detach().clone() for name, t in free.items()})
         run.accept(point)
-        for name, t in free.items():
-            t.grad = point.gradient[name]
-        optimizer.step()
-        with torch.no_grad():
-            for name, t in free.items():
-                t.clamp_(run.low[name], run.high[name])
+        move(optimizer, free, point.gradient, (run.low, run.high))
         keeper.after_step(run, {"free": detach(dict(free)), "optimizer": optimizer.state_dict()})
 
 
-def _made(factory: Callable[..., torch.optim.Optimizer], tensors: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def move(
+    optimizer: torch.optim.Optimizer, free: dict[str, torch.nn.Parameter], gradient: Vector, ends: tuple[Vector, Vector]
+) -> None:
+    """Take one step of the optimizer over unconstrained values, inside of their ranges."""
+    for name, t in free.items():
+        t.grad = gradient[name]
+    optimizer.step()
+    with torch.no_grad():
+        for name, t in free.items():
+            t.clamp_(ends[0][name], ends[1][name])
+
+
+def made_optimizer(
+    factory: Callable[..., torch.optim.Optimizer], tensors: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
     """Return the user's optimizer, after checking that it can walk."""
     try:
         inspect.signature(factory).bind(tensors)

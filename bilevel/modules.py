@@ -169,6 +169,17 @@ class ModuleVariables(Variables):
                     buffer.copy_(trained[name])
         return vector
 
+    def follow(self, module: nn.Module) -> None:
+        """Take over what a module of the user's has been set to: numbers, flags and strings, `training` among them."""
+        own = {_plain(name): copied for name, copied in self._module.named_modules()}
+        for name, other in module.named_modules():
+            copied = own.get(_plain(name))
+            if copied is not None and type(copied) is type(other):
+                set_to = {
+                    key: value for key, value in vars(other).items() if isinstance(value, (bool, int, float, str))
+                }
+                vars(copied).update(set_to)
+
     def write_back(self, vector: Vector) -> None:
         """See `Variables.write_back`; buffers are written too."""
         parameters = named_parameters(self._original)
@@ -182,6 +193,11 @@ class ModuleVariables(Variables):
     def own_names(self) -> dict[int, tuple[str, ...]]:
         """See `Variables.own_names`."""
         return all_names(self._original)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a part of a module in the uncompiled one."""
+    return f"{name}.".replace("_orig_mod.", "").strip(".")
 
 
 def _same_dtype(a: Vector, b: Vector) -> bool:

@@ -39,6 +39,7 @@ from bilevel.solution import Record, Solution
 from bilevel.solvers import Estimator, about
 from bilevel.solvers.single_loop import Loop
 from bilevel.third_split import check_patience
+from bilevel.vector import detach
 
 OuterOptimizer = str | Callable[..., torch.optim.Optimizer] | None
 
@@ -78,7 +79,7 @@ def hypergradient(
     evaluator = Evaluator(problem, chosen, notes=notes)
     layout = problem.hparams.layout
     upper = layout.start if hparams is None else problem.hparams.read(hparams, "`hparams`")
-    given = None if params is None else problem.params.read(params, "`params`")
+    given = None if params is None else detach(problem.params.read(params, "`params`"))
     with own_randomness(problem, seed=None):
         found = evaluator(upper, given).hypergradient
     report_untrusted(found, on_untrusted, stacklevel=2)
@@ -129,7 +130,7 @@ def solve(
     """
     given = {name: value for name, value in locals().items() if name not in ("problem", "progress")}
     _check_run(problem, steps, tol, callbacks, on_untrusted, patience)
-    chosen, notes = _begun(problem, method)
+    chosen, notes = begun(problem, method)
     optimizer = _outer_optimizer(outer_optimizer, problem, chosen)
     place = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
     steps, tol = 100 if steps is None else steps, _tolerance(problem) if tol is None else tol
@@ -151,7 +152,7 @@ def _tolerance(problem: BilevelProblem) -> float:
     return 1e-6 if dtype == torch.float64 else 1e-4
 
 
-def _begun(problem: BilevelProblem, method: str | Estimator) -> tuple[Estimator, tuple[str, ...]]:
+def begun(problem: BilevelProblem, method: str | Estimator) -> tuple[Estimator, tuple[str, ...]]:
     """Return the method as it begins a run, and what to say of the choice."""
     chosen, notes = settled(problem, method)
     return (chosen.in_a_run() if isinstance(chosen, Loop) and not problem.deterministic else chosen), notes
@@ -241,6 +242,12 @@ def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Est
             f'`outer_optimizer` is "lbfgs", whose line search compares hypergradients, and {method!r} {why}; write '
             "outer_optimizer=lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
         )
+    check_outer_optimizer(given)
+    return given
+
+
+def check_outer_optimizer(given: Any) -> None:
+    """Raise for what is neither "lbfgs" nor a factory."""
     if isinstance(given, str) and given != "lbfgs":
         raise InvalidValueError(
             f'`outer_optimizer` is {given!r}, expected "lbfgs", a torch.optim class, or a factory such as '
@@ -256,4 +263,3 @@ def _outer_optimizer(given: OuterOptimizer, problem: BilevelProblem, method: Est
             f"`outer_optimizer` is a {type(given).__name__}, expected a factory of an optimizer, "
             "such as lambda tensors: torch.optim.Adam(tensors, lr=0.05)"
         )
-    return given

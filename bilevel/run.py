@@ -16,17 +16,11 @@ from bilevel.listening import Listeners
 from bilevel.point import Point
 from bilevel.randomness import get_random, set_random
 from bilevel.slack import START, may_loosen, next_slack, tightened
-from bilevel.solution import Record, Solution, summarize
+from bilevel.solution import Record, Solution
 from bilevel.solvers.about import about
 from bilevel.third_split import Best, measured
-from bilevel.vector import Vector, detach, is_finite, norm
+from bilevel.vector import Vector, detach, is_finite
 
-# Below this many times the norm at which a run stops, a hypergradient's error is held against this size. The verdict
-# allows 1e-3 of it, a tenth of the norm at which the run stops; less would ask for digits that no step uses.
-FLOOR = 100.0
-# The same, of the first hypergradient, for methods that move the inner variables by minibatches: near the optimum their
-# noise is all that is left, and no run gets further than that.
-NOISE_FLOOR = 0.1
 SPENT = ("inner_steps", "inner_solves", "gradients", "products", "seconds")  # of a record
 
 
@@ -188,44 +182,26 @@ class Run:
 
     def _set_floor(self, point: Point, first: float) -> None:
         """Hold errors against a part of the first norm, which is one of unconstrained values, in natural units here."""
-        evaluator, size = self.evaluator, float(norm(point.gradient))
-        if not size > 0.0:
-            return
+        evaluator = self.evaluator
         noisy = about(evaluator.estimator).begins == "last" and not evaluator.problem.deterministic
-        part = max(FLOOR * self.tol, NOISE_FLOOR if noisy else 0.0) * first
-        evaluator.gradient_floor = part * float(norm(point.evaluation.hypergradient.gradient)) / size
+        evaluator.gradient_floor = point.error_floor(first, self.tol, noisy) or evaluator.gradient_floor
 
     def _projected_norm(self, point: Point) -> float:
-        projected = {}
-        for name, g in point.gradient.items():
-            x, low, high = point.free[name], self.low[name], self.high[name]
-            held = ((x <= low) & (g > 0)) | ((x >= high) & (g < 0))
-            projected[name] = torch.where(held, torch.zeros_like(g), g)
-        return float(norm(projected))
+        return point.projected_norm(self.low, self.high)
 
     def _record(self, point: Point, hypergradient_norm: float) -> Record:
-        evaluation, certificate = point.evaluation, point.evaluation.hypergradient.certificate
         try:
-            tested = measured(self.evaluator.problem, evaluation.hypergradient.params, point.natural)
+            tested = measured(self.evaluator.problem, point.evaluation.hypergradient.params, point.natural)
         except NonFiniteError as error:
             raise self._located(error) from error
         now = time.perf_counter()
-        record = Record(
+        record = point.record(
             step=0 if self.start is None else len(self.history) + 1,
-            outer_loss=point.outer_loss,
-            inner_loss=evaluation.inner_loss,
             hypergradient_norm=hypergradient_norm,
-            inner_residual=certificate.inner_residual,
-            adjoint_residual=certificate.adjoint_residual,
-            error=certificate.error,
-            verdict=certificate.verdict,
             inner_steps=self._inner_steps,
             inner_solves=self._solves,
-            gradients=self._spent.gradients,
-            products=self._spent.products,
+            cost=self._spent,
             seconds=now - self._clock,
-            hparams={name: summarize(t) for name, t in point.natural.items()},
-            sizes={name: t.numel() for name, t in point.natural.items()},
             test_loss=tested,
         )
         self._spent, self._inner_steps, self._solves, self._clock = Cost(), 0, 0, now

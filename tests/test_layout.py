@@ -74,6 +74,7 @@ FLOORS = {
     "bilevel.known": 4,
     "bilevel.callbacks": 5,
     "bilevel.outer": 5,
+    "bilevel.hyper_optimizer": 5,
     "bilevel.testing": 5,
     "bilevel.bench": 5,
     "bilevel.reference": 5,
