@@ -22,6 +22,7 @@ from bilevel.hyperparameters import interval, positive, real, simplex
 from bilevel.outer import hypergradient, solve
 from bilevel.preflight import Finding, Report, check
 from bilevel.problem import BilevelProblem
+from bilevel.reporting import report
 from bilevel.selection import Selection, parameters
 from bilevel.solution import Record, Solution
 from bilevel.solvers import (
@@ -124,6 +125,7 @@ __all__ = [
     "prox",
     "real",
     "relaxed",
+    "report",
     "root",
     "simplex",
     "solve",

@@ -1,4 +1,4 @@
-"""The command line: `bilevel demo`, `bilevel check`, `bilevel compare`, `bilevel methods`."""
+"""The command line: `bilevel demo`, `tune`, `check`, `compare`, `report`, `methods`, `completion`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import bilevel
 from bilevel.check_command import add_check_command, run_check
 from bilevel.compare_command import add_compare_command, run_compare
+from bilevel.completion_command import add_completion_command, run_completion
 from bilevel.errors import BilevelError, InvalidValueError
 from bilevel.method_table import method_table
+from bilevel.report_command import add_report_command, run_report
 
 GOOD, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return GOOD
         if options.command == "compare":
             return run_compare(options, print)
+        if options.command == "report":
+            return run_report(options, print)
+        if options.command == "completion":
+            return run_completion(options, parser, print)
         _demo(options)
     except SystemExit as exit_:  # argparse has said what is wrong, or has printed a help text
         return exit_.code if isinstance(exit_.code, int) else BAD_INPUT
@@ -81,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_steps, default=30, help="most outer steps (default: %(default)s)")
     add_check_command(commands)
     add_compare_command(commands)
+    add_report_command(commands)
     commands.add_parser("methods", help="the table of methods: what each sees, needs and costs")
+    add_completion_command(commands)
     return parser
 
 

@@ -16,6 +16,8 @@ import torch
 
 from bilevel.errors import InvalidValueError
 
+LOG = "bilevel log"  # what the first line of a JSON-lines log calls itself
+
 # What torch's reader was seen to raise on empty, cut, foreign and malicious files.
 _UNREADABLE = (
     RuntimeError,

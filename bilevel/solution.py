@@ -207,6 +207,12 @@ class Solution:
 
         return plot_run([self.start, *self.history])
 
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write the run as one page of HTML that needs no network; needs plotly. See `bilevel.report`."""
+        from bilevel.reporting import report
+
+        report(self, path)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything but the link to the user's objects to a file.
 

@@ -61,6 +61,7 @@ FLOORS = {
     "bilevel.walk": 4,
     "bilevel.solution": 4,
     "bilevel.plotting": 4,
+    "bilevel.reporting": 4,
     "bilevel.run": 4,
     "bilevel.point": 4,
     "bilevel.context": 4,
@@ -88,6 +89,8 @@ FLOORS = {
     "bilevel.demo_plot": 7,
     "bilevel.check_command": 7,
     "bilevel.compare_command": 7,
+    "bilevel.completion_command": 7,
+    "bilevel.report_command": 7,
     "bilevel.cli": 7,
     "bilevel.sklearn": 7,
 }

@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 from bilevel.callbacks.figures import COSTS, LOSSES, TRUST, hyperparameters
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.files import check_folder, replace_text
+from bilevel.files import LOG, check_folder, replace_text
 from bilevel.listening import Callback
 from bilevel.solution import Record, Solution
 
-LOG = "bilevel log"  # what the first line of a JSON-lines log calls itself
 FORMAT = 1
 
 
