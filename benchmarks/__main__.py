@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="most seconds of a run until the target")
     parser.add_argument("--times", type=float, default=6.0, help="times bilevel's time that rivals get")
     parser.add_argument("--only", nargs="+", default=[], help="cases of a section, such as a9a")
+    parser.add_argument("--contenders", nargs="+", default=[], help="of time-to-target beside bilevel, such as jaxopt")
     parser.add_argument("--page", type=Path, help="a Markdown file whose sections are replaced, plots beside it")
     given = parser.parse_args()
     unknown = [name for name in given.sections if name not in SECTIONS]
@@ -58,6 +59,7 @@ def main() -> None:
         limit=given.limit or (3.0 if given.quick else 300.0),
         times=given.times,
         only=tuple(given.only),
+        contenders=tuple(given.contenders),
         images=None if given.page is None else given.page.parent / "images",
     )
     where = f"{surroundings(settings)}; {versions((settings.python, *settings.rivals_python))}"

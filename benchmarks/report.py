@@ -28,6 +28,7 @@ class Settings:
         limit: most seconds of a run until the target.
         times: how many times as long as the first contender takes the others get.
         only: problems or cases; empty: the section's own.
+        contenders: how the names begin of those that run until the target beside the first; empty: all.
         images: folder for the plots; None: no plots.
     """
 
@@ -41,6 +42,7 @@ class Settings:
     limit: float = 300.0
     times: float = 6.0
     only: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
     images: Path | None = None
     python: str = field(default=sys.executable)
 

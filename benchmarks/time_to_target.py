@@ -216,8 +216,10 @@ class Race:
 
     def run(self) -> str:
         best = self._lowest = self._best()
-        ours, lines = None, []
+        ours, lines, chosen = None, [], self._settings.contenders
         for contender in self._contenders:
+            if lines and chosen and not contender.startswith(chosen):
+                continue
             seconds, words = self._row(contender, best, ours)
             ours = seconds if not lines else ours
             lines.append([contender, *words])
