@@ -82,8 +82,10 @@ class LBFGS:
         # The solution of a problem nearby, or a Hessian that is all but known: so is the way. In float32 Newton steps
         # have to finish what a line search begins, which sees half of the digits of a value.
         short = next(iter(lower.values())).dtype == torch.float32
+        # An inner gradient just below the default threshold is often too large to trust there, and float64 is dear.
+        enough = threshold * (ENOUGH if short and self.rtol is None else 1.0)
         if task.factor is not None or ((many or short) and lower is not task.params.start):
-            near = _newton(task, w, upper, threshold, linearize, system)
+            near = _newton(task, w, upper, (threshold, enough), linearize, system)
             if near.status == "converged":
                 return near
             w, steps = near.value, near.steps
@@ -93,7 +95,7 @@ class LBFGS:
             w, steps, pairs = descent.value, steps + descent.steps, descent.pairs or pairs
             if descent.status == "converged" and part * first <= threshold:
                 break
-            near = _newton(task, w, upper, threshold, linearize)
+            near = _newton(task, w, upper, (threshold, enough), linearize)
             w, steps = near.value, steps + near.steps
             if near.status == "converged":
                 return replace(near, steps=steps, pairs=pairs)
@@ -214,15 +216,20 @@ def _units(operator: LinearOperator) -> Array:
 
 
 def _newton(
-    task: Task, lower: Vector, upper: Vector, threshold: float, linearize: _Linearize, here: System | None = None
+    task: Task,
+    lower: Vector,
+    upper: Vector,
+    thresholds: tuple[float, float],
+    linearize: _Linearize,
+    here: System | None = None,
 ) -> InnerSolution:
     """Take Newton steps while the gradient shrinks; return the end, "converged" or "stalled".
 
-    `here` is the problem to first order at `lower`, where it is known.
+    `thresholds`: below the first it is converged, below the second no more steps are taken. `here` is the problem to
+    first order at `lower`, where it is known.
     """
     best, best_norm, candidate, spent = _ended(lower, 0, "stalled", here), math.inf, lower, 0
-    # In float32 an inner gradient just below the threshold is often too large to trust; float64 is dear beside a step.
-    enough = threshold if next(iter(lower.values())).dtype == torch.float64 else ENOUGH * threshold
+    threshold, enough = thresholds
     for taken in range(NEWTON_STEPS + 1):
         try:
             system = linearize(task, candidate, upper) if here is None or taken else here
