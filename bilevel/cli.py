@@ -14,6 +14,7 @@ from bilevel.completion_command import add_completion_command, run_completion
 from bilevel.errors import BilevelError, InvalidValueError
 from bilevel.method_table import method_table
 from bilevel.report_command import add_report_command, run_report
+from bilevel.tune_command import add_tune_command, run_tune
 
 GOOD, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return GOOD
         if options.command == "compare":
             return run_compare(options, print)
+        if options.command == "tune":
+            return run_tune(options, lambda line: print(line, flush=True))
         if options.command == "report":
             return run_report(options, print)
         if options.command == "completion":
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="PNG", default="bilevel-demo.png", help="the picture (default: %(default)s)")
     demo.add_argument("--seed", type=_seed, default=0, help="of the test rows and the folds (default: %(default)s)")
     demo.add_argument("--steps", type=_steps, default=30, help="most outer steps (default: %(default)s)")
+    add_tune_command(commands, _seed, _steps)
     add_check_command(commands)
     add_compare_command(commands)
     add_report_command(commands)

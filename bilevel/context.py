@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from bilevel.problem import BilevelProblem
 
 DEFAULTS: dict[str, Any] = {"callbacks": [(), []], "on_untrusted": ["warn"]}  # of `solve`, where that is not None
+
+ROOMS = ("callbacks", "inner", "prox", "sklearn")  # packages whose names are public under their own
+LONGEST = 200  # characters of what others print of themselves
 
 
 def context(problem: BilevelProblem, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def context(problem: BilevelProblem, arguments: Mapping[str, Any]) -> dict[str, 
     }
     return {
         "call": _call(arguments),
-        "problem": repr(problem),
+        "problem": problem.described(_shown(problem.inner_solver)),
         "hyperparameters": {name: repr(kinds.get(name, "real")) for name in problem.hparams.layout.start},
         # A member of a family has rows of its own, and the first dimension counts members.
         "samples": {name: None if problem.members else reader.rows() for name, reader in readers.items()},
@@ -71,13 +74,31 @@ def _call(arguments: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    """Return a value as code, as far as it is short: settings that are not the default, shapes of tensors, names."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_shown, value))}]"
+    if isinstance(value, torch.Tensor):
+        return f"<tensor of shape {tuple(value.shape)}>"
     module = type(value).__module__
     if module.startswith("bilevel."):
-        where = "bilevel.callbacks" if module.startswith("bilevel.callbacks") else "bilevel"
-        return re.sub(r"\b([A-Z]\w*\()", rf"{where}.\1", repr(value))
+        room = next((f"{room}." for room in ROOMS if module.startswith(f"bilevel.{room}")), "")
+        return f"bilevel.{room}{_settings(value) if is_dataclass(value) else _cut(repr(value))}"
     if isinstance(value, str) or not callable(value):
-        return repr(value)
+        return _cut(repr(value))
     module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", type(value).__qualname__)
     return name if module in ("__main__", "builtins") or "<" in name else f"{module}.{name}"
+
+
+def _settings(value: Any) -> str:
+    simple = (bool, int, float, str, type(None))
+    found = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
+    given = [
+        f"{field.name}={_shown(x)}"
+        for field, x in found
+        if not (isinstance(x, simple) and isinstance(field.default, simple) and x == field.default)
+    ]
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -163,11 +163,15 @@ class BilevelProblem:
         return {"inner": self.inner_batches, "pinned": self.pinned_batches, "outer": self.outer_batches}
 
     def __repr__(self) -> str:
+        return self.described(repr(self.inner_solver))
+
+    def described(self, inner_solver: str) -> str:
+        """Return a line about it, with what the inner solver is called."""
         inner = sum(t.numel() for t in self.params.start.values())
         outer = sum(t.numel() for t in self.hparams.layout.start.values())
         return (
             f"BilevelProblem({inner} inner variables in {len(self.params.start)} tensors, {outer} hyperparameters in "
-            f"{len(self.hparams.layout.start)}, inner_solver={self.inner_solver!r})"
+            f"{len(self.hparams.layout.start)}, inner_solver={inner_solver})"
         )
 
 

@@ -66,11 +66,11 @@ def read_table(path: str | os.PathLike[str], target: str) -> Table:
     Raises:
         BilevelError: the file or a column cannot be used; the message says which and what to do.
     """
-    frame = _read_frame(os.fspath(path))
+    frame = read_frame(os.fspath(path))
     if target not in frame.columns:
         raise InvalidValueError(f"{path} has no column {target!r}; its columns are {_listed(frame.columns)}")
     _check_complete(frame)
-    y, classes = _classes(frame[target], target)
+    y, classes = classes_of(frame[target], target)
     inputs = frame.drop(columns=[target])
     if inputs.shape[1] == 0:
         raise InvalidValueError(
@@ -80,7 +80,8 @@ def read_table(path: str | os.PathLike[str], target: str) -> Table:
     return Table(os.path.basename(os.fspath(path)), x, y, features, classes)
 
 
-def _read_frame(path: str) -> Any:
+def read_frame(path: str) -> Any:
+    """Read a CSV file with a header line into a DataFrame, as it is, or raise in words."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -126,7 +127,8 @@ def _check_complete(frame: Any) -> None:
         raise InvalidValueError(f"values are missing in {shown}{more}; fill them in, or remove those rows or columns")
 
 
-def _classes(column: Any, target: str) -> tuple[Ints, tuple[str, ...]]:
+def classes_of(column: Any, target: str) -> tuple[Ints, tuple[str, ...]]:
+    """Return the number of each row's class and the names of the classes; raise for what cannot be classified."""
     from pandas.api.types import is_float_dtype, is_numeric_dtype
 
     values = column.to_numpy()

@@ -93,8 +93,8 @@ def test_the_context_says_how_a_run_was_made(tmp_path: Path) -> None:
     made = solve(problem(), bilevel.Implicit(bilevel.CG(rtol=1e-6)), steps=1, seed=7, callbacks=[log])
     context = made.context
     assert context["call"] == (
-        "bilevel.solve(problem, method=bilevel.Implicit(linear_solver=bilevel.CG(rtol=1e-06, max_steps=None, "
-        f"preconditioner='auto')), steps=1, seed=7, callbacks=[bilevel.callbacks.CSV({str(tmp_path / 'log.csv')!r})])"
+        "bilevel.solve(problem, method=bilevel.Implicit(linear_solver=bilevel.CG(rtol=1e-06)), steps=1, seed=7, "
+        f"callbacks=[bilevel.callbacks.CSV({str(tmp_path / 'log.csv')!r})])"
     )
     assert context["versions"]["torch"] == torch.__version__ and context["versions"]["bilevel"] == bilevel.__version__
     assert context["hyperparameters"] == {

@@ -91,6 +91,8 @@ FLOORS = {
     "bilevel.compare_command": 7,
     "bilevel.completion_command": 7,
     "bilevel.report_command": 7,
+    "bilevel.tabular": 7,
+    "bilevel.tune_command": 7,
     "bilevel.cli": 7,
     "bilevel.optuna": 7,
     "bilevel.sklearn": 7,

@@ -129,6 +129,8 @@ def _environment(run: Seen) -> str:
 
 
 def _code(run: Seen) -> str:
+    if "command" in run.context:
+        return f"<section><h2>To reproduce</h2><pre><code>{html.escape(run.context['command'])}</code></pre></section>"
     if "call" not in run.context:
         return ""
     versions, script = run.context.get("versions", {}), run.context.get("script")

@@ -32,6 +32,7 @@ def in_short(run: Seen) -> list[str]:
         if run.status
         else f"The run goes on, or was killed: step {run.records[-1].step} is the last one that is known."
     )
+    lines += run.context.get("notes", [])
     lines.append(_trust(run))
     lines.append(
         f"It took {sum(r.gradients for r in run.records):,} gradients and {sum(r.products for r in run.records):,} "
