@@ -80,7 +80,7 @@ class BilevelProblem:
         first = next(iter(self.params.start.values()))
         self.hparams = Hyperparameters(hparams, like=first)
         _check_together(self.hparams.layout, first)
-        self.inner_data, self.outer_data = inner_data, outer_data
+        self.inner_data, self.outer_data, self.test_data = inner_data, outer_data, test_data
         self.inner_batches = Batches(inner_data, "inner_data", first)
         # The batch that certificates and implicit methods look at comes from a reader of its own, so that training sees
         # every batch of a pass.

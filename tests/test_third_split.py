@@ -190,6 +190,22 @@ def test_misuse_is_named() -> None:
         solve(ridge(test_loss=lambda w, h: w), steps=1)
 
 
+def test_a_dry_run_looks_at_it_too() -> None:
+    def fails(w: Tensor, h: Tensor) -> Tensor:
+        raise ValueError("no such column")
+
+    found = {
+        (finding.level, finding.subject): finding.message for finding in bilevel.check(ridge(test_loss=fails)).findings
+    }
+    assert "no such column" in found["error", "test_loss"]
+    outer = rows(1, 3)
+    leaking = BilevelProblem(
+        inner_loss, outer_loss, torch.zeros(FEATURES).double(), bilevel.positive(1.0), None, rows(0), outer, outer
+    )
+    assert "the same data" in bilevel.check(leaking).findings[0].message
+    assert not any(finding.subject.startswith("test") for finding in bilevel.check(ridge(test_data=rows(2))).findings)
+
+
 def test_a_test_loss_that_is_not_finite_stops_the_run_with_the_last_good_step() -> None:
     calls = 0
 

@@ -205,13 +205,22 @@ def _check_data(dry: DryRun) -> None:
             "overfit",
             "give validation data that training does not see",
         )
+    test = dry.problem.test_data
+    if test is not None and any(_sources(test) & _sources(data) for data in (inner, outer) if data is not None):
+        dry.add(
+            "warning",
+            "test_data",
+            "holds the same data as `inner_data` or `outer_data`: its loss cannot show overfitted hyperparameters",
+            "give data that nothing is trained or tuned on",
+        )
     count, examples = size(dry.upper), _examples(outer, 1 if dry.problem.members is None else 2)
     if examples is not None and count > examples:
         dry.add(
             "note",
             "hparams",
             f"{count} hyperparameters and {examples} outer examples: they can fit the noise of the validation data",
-            "keep a third set of data for testing, stop early on it, or add a prior on hparams to the outer loss",
+            "keep a third set of data for testing (`test_data=`), stop early on it (`patience=`), or add a prior on hparams "
+            "to the outer loss",
         )
 
 

@@ -28,6 +28,7 @@ from bilevel.solvers import CG, MINRES, Cholesky, Estimator, Neumann, estimator
 from bilevel.solvers.about import about
 from bilevel.solvers.auto import Auto
 from bilevel.solvers.implicit import DENSE_UP_TO, Implicit
+from bilevel.third_split import measured
 from bilevel.vector import size
 
 
@@ -90,6 +91,8 @@ def _inspect(dry: DryRun, response: ProblemResponse) -> None:
     check_steps(dry, response)
     check_hyperparameters(dry)
     check_curvature(dry)
+    with dry.tried("test_loss"):
+        measured(dry.problem, dry.lower, dry.upper)
     costs = Costs()
     with dry.tried("method"):
         costs = _predicted(dry)

@@ -87,6 +87,8 @@ def _few(run: Seen) -> list[str]:
 
 def _trust(run: Seen) -> str:
     verdicts = [record.verdict for record in run.records]
+    if len(verdicts) == 1:
+        return f"Its one hypergradient is {verdicts[0]}."
     errors = [record.error for record in run.records if record.error is not None]
     known = f", with an estimated relative error of at most {max(errors):.1g}" if errors else ""
     untrusted = [record.step for record in run.records if record.verdict == "untrusted"]
