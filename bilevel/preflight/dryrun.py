@@ -219,8 +219,8 @@ def _check_data(dry: DryRun) -> None:
             "note",
             "hparams",
             f"{count} hyperparameters and {examples} outer examples: they can fit the noise of the validation data",
-            "keep a third set of data for testing (`test_data=`), stop early on it (`patience=`), or add a prior on hparams "
-            "to the outer loss",
+            "keep a third set of data for testing (`test_data=`), stop early on it (`patience=`), or add a prior on "
+            "hparams to the outer loss",
         )
 
 
