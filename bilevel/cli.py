@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bilevel", description="Bilevel optimization in PyTorch: tune hyperparameters by gradients."
+        prog="bilevel",
+        description="Bilevel optimization in PyTorch: tune hyperparameters by gradients.",
+        epilog="bilevel COMMAND --help has the options of a command, examples and exit codes.",
     )
     parser.add_argument("--version", action="version", version=f"bilevel {bilevel.__version__}")
     commands = parser.add_subparsers(dest="command", title="commands")

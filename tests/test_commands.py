@@ -67,3 +67,11 @@ def test_other_shells_get_every_command(shell: str, capsys: pytest.CaptureFixtur
     if found is not None:  # syntax alone
         subprocess.run([found, "-n"], input=script, text=True, check=True)
     assert main(["completion", "powershell"]) == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "tune", "check", "compare", "report", "completion"])
+def test_every_command_says_its_exit_codes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "exit codes: 0 done" in capsys.readouterr().out.replace("0 no error was found", "0 done")
+    assert main([command, "--no-such-option"]) == 2
+    assert "usage: bilevel" in capsys.readouterr().err

@@ -50,7 +50,8 @@ function draw() {
     const { traces, layout } = plots[place.dataset.plot];
     const axis = { gridcolor: get("--grid"), linecolor: get("--rule"), zerolinecolor: get("--rule"), automargin: true };
     const whole = { height: 320, showlegend: true, margin: { l: 48, r: 12, t: 12, b: 40 },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: get("--text"), family: "system-ui, sans-serif", size: 13 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: get("--text"), family: "system-ui, sans-serif", size: 13 },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" }, hovermode: "closest", ...colored(layout, css) };
     for (const key of ["xaxis", "yaxis", "yaxis2"]) if (key !== "yaxis2" || whole[key])
       whole[key] = { ...axis, ...whole[key] };
