@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, meant
-from bilevel.patterns import Groups, Values, all_names, as_tensors, shared_out, values_of
+from bilevel.patterns import Groups, Values, all_names, as_tensors, chosen, shared_out, values_of
+
+On = str | Sequence[str] | None
+"""Which tensors: None for all, "matrices", or names and patterns of names."""
 
 Where = str | Callable[[Any], Any]
 """Where in `hparams` a setting is: a key, a path of keys with dots, or a function of `hparams`."""
@@ -41,34 +44,42 @@ def _label(group: dict[str, Any], i: int) -> str:
 
 
 def param_groups(
-    module: nn.Module, strengths: Values, *, per: Groups | None = None, setting: str = "weight_decay"
+    module: nn.Module,
+    strengths: Values,
+    *,
+    per: Groups | None = None,
+    on: On = None,
+    setting: str = "weight_decay",
 ) -> list[dict[str, Any]]:
     """Return param groups for a torch optimizer, one for each value, with the module's own parameters.
 
     `torch.optim.SGD(param_groups(model, solution.hparams["decay"]), lr=0.1)` trains with the strengths that were tuned
-    for `penalties.l2`. Parameters that no key covers come last, in a group called "rest" with 0. AdamW's decay is not
+    for `penalties.l2`. Parameters without one come last, in a group of their own with 0. AdamW's decay is not
     the gradient of a penalty: what was tuned for `l2` is another setting there.
 
     Args:
         module: whose trainable parameters they hold.
         strengths: a number for each tensor in the patterns of `penalties.l2`.
-        per: see `penalties.l2`.
+        per: see `penalties.l2`; give what it was given.
+        on: see `penalties.l2`.
         setting: what the optimizer calls it.
 
     Raises:
         BilevelError: strengths for each weight, which no optimizer takes.
     """
     what = "param_groups(): `strengths`"
-    tensors, names = as_tensors(module, "param_groups()")
+    everything, all_own = as_tensors(module, "param_groups()")
+    tensors, names = chosen(everything, all_own, on, "param_groups()")
     values = values_of(names, strengths, per, what)
     keys = shared_out(names, list(strengths), per, what) if isinstance(strengths, Mapping) else ["all"] * len(names)
-    found: dict[str | None, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for tensor, key, value in zip(tensors, keys, values, strict=True):
-        number = 0.0 if key is None else _number(value, f"{what}[{key!r}]")
-        group = {"params": [], setting: number, "name": "rest" if key is None else key}
-        found.setdefault(key, group)["params"].append(tensor)
-    last = found.pop(None, None)
-    return [*found.values(), *([last] if last else [])]
+        if key is not None:
+            group = {"params": [], setting: _number(value, f"{what}[{key!r}]"), "name": key}
+            found.setdefault(key, group)["params"].append(tensor)
+    taken = {id(tensor) for group in found.values() for tensor in group["params"]}
+    rest = [tensor for tensor in everything if id(tensor) not in taken]
+    return [*found.values(), *([{"params": rest, setting: 0.0, "name": f"no {setting}"}] if rest else [])]
 
 
 def _number(value: Any, what: str) -> float:
@@ -86,6 +97,7 @@ def write_settings(
     settings: Mapping[str, Where],
     names: Mapping[int, tuple[str, ...]],
     per: Groups | None,
+    on: On = None,
 ) -> None:
     """Write tuned values into the param groups of an optimizer; all of them, or none where one does not fit.
 
@@ -95,6 +107,7 @@ def write_settings(
         settings: where in `hparams` the value of each setting is.
         names: of the user's tensors, by their ids.
         per: patterns by label, for a setting whose keys are labels.
+        on: which tensors the settings are for; groups of others stay as they are.
     """
     if not isinstance(optimizer, Optimizer):
         raise InvalidTypeError(
@@ -103,7 +116,7 @@ def write_settings(
     planned = []
     for setting, where in settings.items():
         _check_setting(optimizer, setting)
-        values = _for_groups(optimizer, _found(hparams, where, setting), names, per, f"apply_(): `{setting}`")
+        values = _for_groups(optimizer, _found(hparams, where, setting), names, per, on, f"apply_(): `{setting}`")
         planned += [(group, setting, v) for group, v in zip(optimizer.param_groups, values, strict=True)]
     for group, setting, value in planned:
         if value is None:
@@ -134,15 +147,15 @@ def _check_setting(optimizer: Optimizer, setting: str) -> None:
 
 
 def _for_groups(
-    optimizer: Optimizer, value: Any, names: Mapping[int, tuple[str, ...]], per: Groups | None, what: str
+    optimizer: Optimizer, value: Any, names: Mapping[int, tuple[str, ...]], per: Groups | None, on: On, what: str
 ) -> list[float | None]:
     """Return the number for each group; None where a dict has nothing for it."""
     groups = optimizer.param_groups
-    if isinstance(value, Mapping):
-        labels = [_label(group, i) for i, group in enumerate(groups)]
-        if set(value) <= set(labels):
-            return [_number(value[k], f"{what}: {k!r}") if k in value else None for k in labels]
-        return _by_names(optimizer, value, names, per, what)
+    labels = [_label(group, i) for i, group in enumerate(groups)]
+    if isinstance(value, Mapping) and set(value) <= set(labels) and len(set(labels)) == len(labels):
+        return [_number(value[k], f"{what}: {k!r}") if k in value else None for k in labels]
+    if isinstance(value, Mapping) or (on is not None and isinstance(value, (int, float, Tensor))):
+        return _by_names(optimizer, value, names, per, on, what)
     several = value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value
     if isinstance(several, (list, tuple)) and len(several) == len(groups):
         return [_number(v, what) for v in several]
@@ -155,28 +168,30 @@ def _for_groups(
 
 
 def _by_names(
-    optimizer: Optimizer, values: Any, names: Mapping[int, tuple[str, ...]], per: Groups | None, what: str
+    optimizer: Optimizer, values: Any, names: Mapping[int, tuple[str, ...]], per: Groups | None, on: On, what: str
 ) -> list[float | None]:
     """Return the number for each group by the names of its tensors, which must agree."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strange = [tuple(p.shape) for p in held if id(p) not in names]
     if strange:
         raise InvalidValueError(
-            f"{what} has the keys {list(values)}, but `optimizer` holds a tensor of shape {strange[0]} that is not in "
-            "the `params` of this problem; make it for the model that you gave"
+            f"{what} goes by names, but `optimizer` holds a tensor of shape {strange[0]} that is not in the `params` "
+            "of this problem; make it for the model that you gave"
         )
-    by_tensor = dict(zip(map(id, held), values_of(tuple(names[id(p)] for p in held), values, per, what), strict=True))
+    tensors, own = chosen(held, tuple(names[id(p)] for p in held), on, what)
+    by_tensor = dict(zip(map(id, tensors), values_of(own, values, per, what), strict=True))
     found: list[float | None] = []
     for i, group in enumerate(optimizer.param_groups):
-        told = {names[id(p)][0]: by_tensor[id(p)] for p in group["params"]}
+        told = {names[id(p)][0]: by_tensor.get(id(p)) for p in group["params"]}
         numbers = {name: None if v is None else _number(v, f"{what} for {name!r}") for name, v in told.items()}
         if len(set(numbers.values())) > 1:
             first, *_ = numbers
             other = next(name for name, v in numbers.items() if v != numbers[first])
             raise InvalidValueError(
                 f"{what} differs within {_label(group, i)} of `optimizer`: {_told(numbers[first])} for {first!r}, "
-                f"{_told(numbers[other])} for {other!r}; make the optimizer with a group for each value: "
-                f"torch.optim.{type(optimizer).__name__}(bilevel.penalties.param_groups(model, solution.hparams[...]))"
+                f"{_told(numbers[other])} for {other!r}; make the optimizer with a group for each "
+                f"value: torch.optim.{type(optimizer).__name__}(bilevel.penalties.param_groups(model, "
+                "solution.hparams[...], ...))"
             )
         found.append(next(iter(numbers.values()), None))
     return found

@@ -10,7 +10,7 @@ a kink has no second derivative, and a smooth form only makes weights small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, meant
 from bilevel.hyperparameters import positive
-from bilevel.param_groups import groups, param_groups
+from bilevel.param_groups import On, groups, param_groups
 from bilevel.patterns import Groups, Values, as_tensors, chosen, fitting, shared_out, values_of
 from bilevel.ranges import Hyperparameter
 
 __all__ = ["elastic_net", "group", "groups", "l1", "l2", "param_groups", "strengths"]
 
 Per = Literal["model", "layer", "tensor", "weight"]
-On = str | Sequence[str] | None
 
 
 def l2(model: Any, strengths: Values, *, per: Groups | None = None, on: On = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel.certificate import Certificate
 from bilevel.errors import InvalidValueError
 from bilevel.files import check_folder, read, write
-from bilevel.param_groups import Where, write_settings
+from bilevel.param_groups import On, Where, write_settings
 from bilevel.patterns import Groups
 
 if TYPE_CHECKING:
@@ -115,7 +115,12 @@ class Solution:
         return self.status.startswith("converged")
 
     def apply_(
-        self, optimizer: torch.optim.Optimizer | None = None, *, per: Groups | None = None, **settings: Where
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        per: Groups | None = None,
+        on: On = None,
+        **settings: Where,
     ) -> None:
         """Write the results into the user's own `params` and `hparams`, in place, and settings into an optimizer.
 
@@ -124,6 +129,8 @@ class Solution:
         Args:
             optimizer: of the same params; its param groups get the settings.
             per: patterns by label, where the values of a setting are a dict by labels.
+            on: which tensors the settings are for, as in `bilevel.penalties`: None for all, "matrices", or patterns. A
+                group of others stays as it is.
             settings: for each setting of the groups the key of `hparams` that holds its value ("decay",
                 "decays.head"), or a function of `hparams`: `apply_(optimizer, weight_decay="decay", lr="lr")`. The
                 value is a number for all groups, one for each group, or a dict by group names or by the names that
@@ -148,7 +155,7 @@ class Solution:
             )
         if optimizer is not None:
             names = {} if self._names is None else self._names()
-            write_settings(optimizer, self.hparams, settings, names, per)
+            write_settings(optimizer, self.hparams, settings, names, per, on)
         self._write_back()
 
     def __str__(self) -> str:

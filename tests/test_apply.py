@@ -79,7 +79,7 @@ def test_param_groups_make_the_optimizer() -> None:
     assert [(g["name"], g["weight_decay"], [tuple(p.shape) for p in g["params"]]) for g in groups] == [
         ("0.weight", 0.1, [(4, 3)]),
         ("2", pytest.approx(0.3), [(1, 4), (1,)]),
-        ("rest", 0.0, [(4,)]),
+        ("no weight_decay", 0.0, [(4,)]),
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     # One step without a loss shrinks by lr * decay, as one on penalties.l2 does.
@@ -90,6 +90,12 @@ def test_param_groups_make_the_optimizer() -> None:
     torch.testing.assert_close(net[2].weight.detach(), weight * (1 - 0.1 * 0.3), rtol=1e-7, atol=0.0)
     assert penalties.param_groups(net, 0.2)[0]["weight_decay"] == 0.2
     assert [g["name"] for g in penalties.param_groups(net, {"head": 1.0, "rest": 2.0}, per=PER)] == ["rest", "head"]
+    only = penalties.param_groups(net, {"head": 1.0, "rest": 2.0}, per=PER, on="matrices")
+    assert [(g["name"], g["weight_decay"], len(g["params"])) for g in only] == [
+        ("rest", 2.0, 1),
+        ("head", 1.0, 1),
+        ("no weight_decay", 0.0, 2),
+    ]
     with pytest.raises(bilevel.InvalidValueError, match=r"\['0.weight'\] holds 12 values, and a param group takes one"):
         penalties.param_groups(net, {"0.weight": torch.ones(4, 3)})
 
@@ -105,6 +111,27 @@ def test_one_value_for_each_group_and_tensor_settings() -> None:
     assert optimizer.param_groups[0]["lr"] is held
     with pytest.raises(bilevel.InvalidValueError, match=r"`lr` has 3 values for 2 param group\(s\).*LambdaLR"):
         solution.apply_(two_groups(net), lr="lr")
+
+
+def test_groups_of_other_tensors_stay_as_they_are() -> None:
+    """As many recipes have it: one group of matrices with a decay, one of biases without."""
+    net = network()
+    matrices: list[Any] = [p for p in net.parameters() if p.dim() == 2]
+    biases = [p for p in net.parameters() if p.dim() == 1]
+    halves: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.7}, {"params": biases}]
+    optimizer = torch.optim.SGD(halves, lr=0.1)
+    one = solved(net, bilevel.positive(0.01), penalty=lambda m, h: penalties.l2(m, h, on="matrices"))
+    one.apply_(optimizer, on="matrices", weight_decay="decay")
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [one.hparams["decay"].item(), 0.0]
+    layers = solved(
+        net, penalties.strengths(net, 0.01, on="matrices"), penalty=lambda m, h: penalties.l2(m, h, on="matrices")
+    )
+    each = torch.optim.SGD([{"params": matrices[:1]}, {"params": matrices[1:]}, {"params": biases}], lr=0.1)
+    layers.apply_(each, on="matrices", weight_decay="decay")
+    decay = layers.hparams["decay"]
+    assert [group["weight_decay"] for group in each.param_groups] == [decay["0"].item(), decay["2"].item(), 0.0]
+    with pytest.raises(bilevel.InvalidValueError, match=r"for '0.weight', none for '0.bias'"):
+        one.apply_(torch.optim.SGD(net.parameters()), on="matrices", weight_decay="decay")
 
 
 def _scheduled(net: Any) -> torch.optim.Optimizer:
