@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import optree
@@ -15,6 +13,7 @@ from bilevel.certificate import Certificate
 from bilevel.descent import made_optimizer, move
 from bilevel.errors import InvalidTypeError, InvalidValueError, NonFiniteError
 from bilevel.evaluation import Evaluator, check_on_untrusted, report_untrusted
+from bilevel.handed import Handed, first_tensor, takes_batch, trained
 from bilevel.hyperparameters import Hyperparameters
 from bilevel.outer import OuterOptimizer, begun, check_outer_optimizer
 from bilevel.patterns import named_parameters
@@ -24,6 +23,7 @@ from bilevel.randomness import RandomState, fork_random, get_random, set_random
 from bilevel.selection import Selection
 from bilevel.solution import Record
 from bilevel.solvers import Estimator, estimator
+from bilevel.solvers.linear.base import check_count
 from bilevel.vector import Vector, detach, is_finite, norm
 
 
@@ -63,7 +63,7 @@ class HyperOptimizer:
     >>> train = torch.optim.SGD([w], lr=0.2)
     >>> for step in range(200):
     ...     train.zero_grad(); inner(w, hyper.hparams).backward(); train.step()
-    ...     if step > 20:  # hypergradients are for a model that has been trained a little
+    ...     if step > 20:  # hypergradients are for a trained model
     ...         record = hyper.step(w)
     >>> round(hyper.hparams.item(), 3)  # w*(h) = 1 / (1 + h), best where it is 0.5
     1.0
@@ -96,7 +96,7 @@ class HyperOptimizer:
         self._inner_solver, self._data, self._on_untrusted = inner_solver, (inner_data, outer_data), on_untrusted
         self._seed = seed
         self._random: RandomState | None = None
-        ranges = Hyperparameters(hparams, _first(like))
+        ranges = Hyperparameters(hparams, first_tensor(like))
         natural = ranges.layout.start
         self.hparams = ranges.layout.export(natural)
         self._free = {name: nn.Parameter(t.clone()) for name, t in ranges.free(natural).items()}
@@ -105,7 +105,7 @@ class HyperOptimizer:
         self.certificate: Certificate | None = None
         self.steps, self._first_norm, self._warned = 0, 0.0, False
         self._evaluator: Evaluator | None = None
-        self._streams = _Handed(), _Handed()
+        self._streams = Handed(), Handed()
         self._of: Any = None
         self._resumed: dict[str, Any] | None = None
 
@@ -180,12 +180,12 @@ class HyperOptimizer:
                 )
             stream.batch = batch
         given = (inner_batch is not None, outer_batch is not None)
-        of = (_trained(params), given)
+        of = (trained(params), given, *map(id, self._data))
         if self._evaluator is None or of != self._of:
             problem = self._problem(params, given)
             chosen, notes = begun(problem, self._method)
             self._evaluator, self._of = Evaluator(problem, chosen, notes=notes), of
-            self._settle(problem.hparams)
+            self.to(next(iter(problem.hparams.layout.start.values())))
             if self._resumed is not None:
                 _resume(self._evaluator, self._resumed)
                 self._resumed = None
@@ -199,7 +199,7 @@ class HyperOptimizer:
             stream if handed else own for stream, handed, own in zip(self._streams, given, self._data, strict=True)
         ]
         for side, source, loss in zip(("inner", "outer"), data, self._losses, strict=True):
-            if source is None and _takes_batch(loss):
+            if source is None and takes_batch(loss):
                 raise InvalidTypeError(
                     f"`{side}_loss` takes (model, hparams, batch), and step() was called without `{side}_batch`; write "
                     f"hyper.step(model, outer_batch, inner_batch), or HyperOptimizer(..., {side}_data=loader)"
@@ -207,12 +207,6 @@ class HyperOptimizer:
         return BilevelProblem(
             *self._losses, params, self._given, self._inner_solver, inner_data=data[0], outer_data=data[1]
         )
-
-    def _settle(self, ranges: Hyperparameters) -> None:
-        """Take over the dtype and the device of the model."""
-        like = next(iter(ranges.layout.start.values()))
-        for t in (*self._free.values(), *self._tensors()):
-            t.data = t.data.to(like)
 
     def _tensors(self) -> list[Tensor]:
         if isinstance(self.hparams, nn.Module):
@@ -225,6 +219,27 @@ class HyperOptimizer:
         with torch.no_grad():
             for t, value in zip(self._tensors(), natural.values(), strict=True):
                 t.copy_(value)
+
+    @property
+    def wants_inner_batch(self) -> bool:
+        """`inner_loss` takes a batch, and there is no `inner_data` to draw it from."""
+        return self._data[0] is None and takes_batch(self._losses[0])
+
+    @property
+    def wants_outer_batch(self) -> bool:
+        """`outer_loss` takes a batch, and there is no `outer_data` to draw it from."""
+        return self._data[1] is None and takes_batch(self._losses[1])
+
+    def draw_from(self, *, inner: Any = None, outer: Any = None) -> None:
+        """Take `inner_data` and `outer_data` from here on; None: as before."""
+        self._data = (self._data[0] if inner is None else inner, self._data[1] if outer is None else outer)
+
+    def to(self, like: Tensor | nn.Module) -> None:
+        """Take over the dtype and the device of a tensor or a module; the first `step` does so by itself."""
+        first = first_tensor(like)
+        moments = [t for state in self.optimizer.state.values() for name, t in state.items() if name != "step"]
+        for t in (*self._free.values(), *self._tensors(), *(t for t in moments if isinstance(t, Tensor))):
+            t.data = t.data.to(first)
 
     def state_dict(self) -> dict[str, Any]:
         """Return, as plain values and tensors, all that the next step depends on beside the model."""
@@ -262,16 +277,6 @@ class HyperOptimizer:
         return f"HyperOptimizer({sum(t.numel() for t in self._free.values())} hyperparameters, {self.steps} steps)"
 
 
-class _Handed:
-    """A stream of the batch that was handed over last."""
-
-    batch: Any = None
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield self.batch
-
-
 def _kept(evaluator: Evaluator) -> dict[str, Any]:
     return {
         "state": evaluator.state,
@@ -287,16 +292,6 @@ def _resume(evaluator: Evaluator, kept: dict[str, Any]) -> None:
     evaluator.problem.go_to(kept["position"])
 
 
-def _first(like: Any) -> Tensor:
-    """Return a tensor of the dtype and the device that hyperparameters take."""
-    if like is None:
-        return torch.zeros(())
-    found = next(iter(like.parameters()), None) if isinstance(like, nn.Module) else like
-    if not isinstance(found, Tensor):
-        raise InvalidTypeError(f"`like` is a {type(like).__name__}, expected a Tensor or a module with parameters")
-    return found
-
-
 def _factory(given: OuterOptimizer) -> Any:
     if given == "lbfgs":
         raise InvalidValueError(
@@ -309,21 +304,12 @@ def _factory(given: OuterOptimizer) -> Any:
     return given
 
 
-def _trained(params: Any) -> Any:
-    """Return what tells models apart: another one, or other trainable parameters, need another evaluator."""
-    if isinstance(params, Selection):
-        return id(params.module), params.names
-    if isinstance(params, nn.Module):
-        return id(params), tuple(name for name, p in named_parameters(params).items() if p.requires_grad)
-    return None
-
-
-def _takes_batch(loss: Callable[..., Any]) -> bool:
-    """Say whether a loss needs three arguments."""
-    try:
-        inspect.signature(loss).bind(None, None)
-    except TypeError:
-        return True
-    except ValueError:  # a builtin without a signature
-        return False
-    return False
+def check_schedule(hyper: Any, every_n_steps: Any, after_n_steps: Any) -> None:
+    """Raise for what a callback around a `HyperOptimizer` cannot work with."""
+    if not isinstance(hyper, HyperOptimizer):
+        raise InvalidTypeError(
+            f"`hyper` is a {type(hyper).__name__}, expected a bilevel.HyperOptimizer(hparams, inner_loss, outer_loss)"
+        )
+    check_count(every_n_steps, "every_n_steps")
+    if after_n_steps:
+        check_count(after_n_steps, "after_n_steps")

@@ -75,6 +75,7 @@ FLOORS = {
     "bilevel.known": 4,
     "bilevel.callbacks": 5,
     "bilevel.outer": 5,
+    "bilevel.handed": 4,
     "bilevel.hyper_optimizer": 5,
     "bilevel.testing": 5,
     "bilevel.bench": 5,
@@ -95,6 +96,8 @@ FLOORS = {
     "bilevel.tune_command": 7,
     "bilevel.cli": 7,
     "bilevel.optuna": 7,
+    "bilevel.lightning": 7,
+    "bilevel.huggingface": 7,
     "bilevel.sklearn": 7,
 }
 FACADE = 7  # `import bilevel` sees the whole house: for the doors only

@@ -1,7 +1,7 @@
 """Inner solvers: how the inner variables are trained."""
 
 from bilevel.inner.base import InnerSolution, InnerSolver, Task
-from bilevel.inner.custom import Custom
+from bilevel.inner.custom import Custom, fit
 from bilevel.inner.lbfgs import LBFGS
 from bilevel.inner.newton import Newton
 from bilevel.inner.newton_cg import NewtonCG
@@ -25,4 +25,5 @@ __all__ = [
     "RMSProp",
     "Task",
     "TorchOptim",
+    "fit",
 ]

@@ -79,3 +79,22 @@ class Custom:
                 "return statement (nothing need be returned only where `params` is a module that is trained in place)"
             )
         return task.params.read(returned, f"what `{self.name}` returned")
+
+
+def fit(loop: Callable[..., Any], penalty: Penalty | Sequence[Penalty] | None = None) -> Custom:
+    """Make an inner solver of a training loop of your own; `inner_solver=loop` is the same without a penalty.
+
+    Args:
+        loop: `(params, hparams) -> params`, or `(params, hparams, data)` where `inner_data` is given; see `Custom`.
+            Inside it Lightning's `Trainer.fit` or HuggingFace's `Trainer.train` may train the module.
+        penalty: see `Custom`.
+
+    >>> import torch, bilevel
+    >>> problem = bilevel.BilevelProblem(
+    ...     lambda w, h: ((w - 1) ** 2 + h * w**2).sum(), lambda w, h: (w**2).sum(),
+    ...     params=torch.zeros(1, dtype=torch.float64), hparams=bilevel.positive(1.0),
+    ...     inner_solver=bilevel.inner.fit(lambda w, h: 1 / (1 + h) + 0 * w))
+    >>> bilevel.hypergradient(problem).gradient  # d/dh (1 + h)^-2 = -2 (1 + h)^-3
+    tensor(-0.2500, dtype=torch.float64)
+    """
+    return Custom(loop, penalty)

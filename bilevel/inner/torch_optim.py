@@ -235,7 +235,8 @@ class TorchOptim:
 def _step(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], task: Task, upper: Vector) -> float:
     """Take a step on the next batch and return the loss before it."""
     batch = task.draw()
-    needs_closure = inspect.signature(type(optimizer).step).parameters["closure"].default is inspect.Parameter.empty
+    wanted = inspect.signature(type(optimizer).step).parameters.get("closure")
+    needs_closure = wanted is not None and wanted.default is wanted.empty
 
     def closure() -> float:
         lower = {name: p.detach() for name, p in params.items()}
