@@ -160,7 +160,7 @@ def test_files_that_are_no_log_are_left_alone(tmp_path: Path, log: Any, steps: A
     path = tmp_path / "thesis.txt"
     path.write_text("Call me Ishmael.\n")
     with pytest.raises(bilevel.InvalidValueError, match=r"no log that .* wrote; it is left as it is"):
-        tuned(log(path))
+        log(path)
     assert path.read_text() == "Call me Ishmael.\n"
     with pytest.raises(bilevel.InvalidValueError, match=r"`path` is .*there is no folder"):
         log(tmp_path / "none" / "log")

@@ -36,16 +36,14 @@ class _Log(Callback):
         check_folder(path, "path")
         self.path = os.fspath(path)
         self._file: TextIO | None = None
+        self._refuse_others()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r})"
 
     def begin(self, context: dict[str, Any], records: list[Record]) -> None:
         """Write all that is known so far."""
-        if os.path.exists(self.path) and not self._is_mine():
-            raise InvalidValueError(
-                f"{self.path} is no log that {type(self).__name__} wrote; it is left as it is: give another path"
-            )
+        self._refuse_others()
         replace_text(self._head(context, records[0]) + "".join(map(self._line, records)), self.path)
         self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - open until `end`
 
@@ -63,10 +61,16 @@ class _Log(Callback):
             self._file.close()
             self._file = None
 
-    def _is_mine(self) -> bool:
+    def _refuse_others(self) -> None:
+        """Raise where the file is there and no such log; an empty one will do."""
+        if not os.path.exists(self.path):
+            return
         with open(self.path, encoding="utf-8", errors="replace") as file:
             first = file.readline()
-        return not first or self._begins(first)
+        if first and not self._begins(first):
+            raise InvalidValueError(
+                f"{self.path} is no log that {type(self).__name__} wrote; it is left as it is: give another path"
+            )
 
     def _begins(self, first: str) -> bool:
         """Say whether the first line is that of such a log."""

@@ -77,12 +77,13 @@ class WandB(Callback):
         """Open a run unless there is one, and log all that is known so far."""
         if self._wandb is not None:
             self._run = self._wandb.init(**self._arguments)
+            self._run.define_metric("*", step_metric="outer_step")
         self._run.config.update({"bilevel": context}, allow_val_change=True)
         for record in records:
             self(record)
 
     def __call__(self, record: Record) -> None:
-        # A step of its own beside wandb's, which only goes forward: a run of the user's may have others.
+        # A step of its own: wandb's only goes forward, and a run of the user's may have others.
         self._run.log({"outer_step": record.step, "hypergradient/verdict": record.verdict, **scalars(record)})
 
     def end(self, status: str, solution: Solution | None) -> None:
