@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own imports warn
     pl: Any = pytest.importorskip("pytorch_lightning")
 
-from bilevel.lightning import HyperCallback
+from bilevel.lightning import HyperCallback, _bases
 
 pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.filterwarnings("ignore:::pytorch_lightning")]
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -173,6 +174,17 @@ def test_misuse_is_named(net: Any, data: Any, message: str, tmp_path: Path) -> N
 def test_bad_arguments_are_named(made: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         made()
+
+
+def test_it_is_a_callback_of_both_packages_where_both_are_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        pass
+
+    other = ModuleType("lightning.pytorch")
+    other.Callback = Other  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lightning", ModuleType("lightning"))
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", other)
+    assert _bases() == (Other, pl.Callback)
 
 
 def test_it_is_imported_on_demand_and_says_what_to_install() -> None:
