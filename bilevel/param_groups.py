@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bilevel.errors import InvalidTypeError, InvalidValueError, meant
-from bilevel.patterns import Groups, Values, all_names, as_tensors, chosen, shared_out, values_of
+from bilevel.errors import InvalidTypeError, InvalidValueError, meant, noting
+from bilevel.patterns import Groups, Selection, Values, all_names, as_tensors, chosen, shared_out, values_of
 
 On = str | Sequence[str] | None
 """Which tensors: None for all, "matrices", or names and patterns of names."""
@@ -44,7 +44,7 @@ def _label(group: dict[str, Any], i: int) -> str:
 
 
 def param_groups(
-    module: nn.Module,
+    module: nn.Module | Selection,
     strengths: Values,
     *,
     per: Groups | None = None,
@@ -88,6 +88,8 @@ def _number(value: Any, what: str) -> float:
             f"{what} holds {value.numel()} values, and a param group takes one number; strengths for each weight can "
             "only be used in a loss (penalties.l2)"
         )
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise InvalidTypeError(f"{what} is a {type(value).__name__}, expected a number")
     return float(value)
 
 
@@ -204,7 +206,8 @@ def _told(value: float | None) -> str:
 def _found(hparams: Any, where: Where, setting: str) -> Any:
     """Return the part of `hparams` that a key, a path of keys with dots or a function names."""
     if not isinstance(where, str) and callable(where):
-        return where(hparams)
+        with noting(setting, "hparams", hparams):
+            return where(hparams)
     if not isinstance(where, str):
         raise InvalidTypeError(
             f"apply_(): `{setting}` is a {type(where).__name__}, expected the key of `hparams` that holds its value "

@@ -28,6 +28,27 @@ Values = float | Tensor | Mapping[str, Any]
 SHOWN = 4  # names in a message
 
 
+class Selection:
+    """Some parameters of a module; made by `bilevel.parameters`, taken wherever `params` takes a module.
+
+    Iterating gives the tensors, so that `torch.optim.SGD(bilevel.parameters(model, "head.*"))` works too.
+
+    Attributes:
+        module: the whole module, which losses get.
+        names: the names of the parameters that are chosen.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self.module, self.names = module, tuple(names)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        found = named_parameters(self.module)
+        return iter([found[name] for name in self.names])
+
+    def __repr__(self) -> str:
+        return f"parameters({type(self.module).__name__}, {', '.join(map(repr, self.names))})"
+
+
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by the names that they have in the uncompiled module."""
     return {name.replace("_orig_mod.", ""): p for name, p in module.named_parameters()}
@@ -73,7 +94,9 @@ def _by_key(names: Names, keys: tuple[str, ...]) -> tuple[str | None, ...]:
     return tuple(found)
 
 
-def shared_out(names: Names, keys: Sequence[str], groups: Groups | None, what: str) -> list[str | None]:
+def shared_out(
+    names: Names, keys: Sequence[str], groups: Groups | None, what: str, noun: str = "trained tensor"
+) -> list[str | None]:
     """Return which key of a dict counts for each tensor; None where none does.
 
     Args:
@@ -82,6 +105,7 @@ def shared_out(names: Names, keys: Sequence[str], groups: Groups | None, what: s
             tensor's own name, then the longest name of a module, then the first pattern that fits.
         groups: patterns by key. The first key whose patterns fit counts. None: the keys say it themselves.
         what: what messages call the dict.
+        noun: what they call a thing that has a name.
 
     Raises:
         InvalidValueError: a key without a tensor, and keys that are not those of `groups`.
@@ -91,19 +115,19 @@ def shared_out(names: Names, keys: Sequence[str], groups: Groups | None, what: s
         found = list(_by_key(names, tuple(keys)))
         idle = [key for key in keys if key not in found]
         if idle:
-            raise InvalidValueError(f"{what} has the key {idle[0]!r}, which no tensor falls to{near(idle[0], flat)}")
+            raise InvalidValueError(f"{what} has the key {idle[0]!r}, which no {noun} falls to{near(idle[0], flat)}")
         return found
     if set(keys) != set(groups):
         raise InvalidValueError(
             f"{what} has the keys {list(keys)}, but `per` has {list(groups)}; give both the same dict of patterns"
         )
-    listed = {key: (own,) if isinstance(own, str) else tuple(own) for key, own in groups.items()}
+    listed = {key: as_patterns(own, f"`per`[{key!r}]") for key, own in groups.items()}
     patterns = tuple((key, pattern) for key, own in listed.items() for pattern in own)
     chosen = _by_pattern(names, patterns)
     for key, own in listed.items():
         if key not in chosen:
             raise InvalidValueError(
-                f"`per` has the group {key!r} with {shown(own)}, which no tensor falls to"
+                f"`per` has the group {key!r} with {shown(own)}, which no {noun} falls to"
                 f"{near(own[0] if own else key, flat)}"
             )
     return list(chosen)
@@ -124,6 +148,9 @@ def as_tensors(model: Any, what: str) -> tuple[list[Tensor], Names]:
 
     A frozen parameter (`requires_grad=False`), and what `bilevel.parameters` did not choose, is a constant.
     """
+    if isinstance(model, Selection):
+        tensors, names = {id(p): p for p in model}, all_names(model.module)
+        return list(tensors.values()), tuple(names[key] for key in tensors)
     if isinstance(model, nn.Module):
         tensors = {id(p): p for p in model.parameters() if p.requires_grad or not isinstance(p, nn.Parameter)}
         names = all_names(model)
@@ -163,7 +190,7 @@ def covered(tensors: list[Tensor], names: Names, on: str | Sequence[str] | None,
                 f'{what}: `on` is "matrices", but no tensor has two dimensions; say on=None for all, or name some'
             )
         return chosen
-    patterns = (on,) if isinstance(on, str) else tuple(on)
+    patterns = as_patterns(on, f"{what}: `on`")
     chosen = [False] * len(tensors)
     for pattern in patterns:
         found = [any(fits(name, form) for name in own for form in (pattern, f"*.{pattern}")) for own in names]
@@ -172,6 +199,14 @@ def covered(tensors: list[Tensor], names: Names, on: str | Sequence[str] | None,
             raise InvalidValueError(f"{what}: `on` names {pattern!r}, and no tensor is called so{near(pattern, flat)}")
         chosen = [a or b for a, b in zip(chosen, found, strict=True)]
     return chosen
+
+
+def as_patterns(given: Any, what: str) -> tuple[str, ...]:
+    """Return one pattern or several as a tuple."""
+    several = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else ()
+    if not several or not all(isinstance(pattern, str) for pattern in several):
+        raise InvalidTypeError(f'{what} is {given!r}, expected a pattern of names such as "head.*", or a list of them')
+    return several
 
 
 def chosen(
@@ -184,7 +219,7 @@ def chosen(
     return [t for t, _ in kept], tuple(own for _, own in kept)
 
 
-def values_of(names: Names, values: Values, per: Groups | None, what: str) -> list[Any]:
+def values_of(names: Names, values: Values, per: Groups | None, what: str, noun: str = "trained tensor") -> list[Any]:
     """Return the value of each tensor, a number or a Tensor; None where a dict has none for it."""
     if per is not None and not isinstance(per, Mapping):
         raise InvalidTypeError(
@@ -197,7 +232,7 @@ def values_of(names: Names, values: Values, per: Groups | None, what: str) -> li
         return [_checked(values, what)] * len(names)
     if not values:
         raise InvalidValueError(f"{what} are an empty dict, expected a value for at least one tensor")
-    keys = shared_out(names, list(values), per, what)
+    keys = shared_out(names, list(values), per, what, noun)
     return [None if key is None else _checked(values[key], f"{what}[{key!r}]") for key in keys]
 
 

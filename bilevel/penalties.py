@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, meant
 from bilevel.hyperparameters import positive
 from bilevel.param_groups import On, groups, param_groups
-from bilevel.patterns import Groups, Values, as_tensors, chosen, fitting, shared_out, values_of
+from bilevel.patterns import Groups, Selection, Values, as_tensors, chosen, fitting, shared_out, values_of
 from bilevel.ranges import Hyperparameter
 
 __all__ = ["elastic_net", "group", "groups", "l1", "l2", "param_groups", "strengths"]
@@ -109,7 +110,7 @@ def group(
 
 
 def strengths(
-    module: nn.Module,
+    module: nn.Module | Selection,
     value: float,
     per: Per | Groups = "layer",
     *,
@@ -119,7 +120,8 @@ def strengths(
     """Return typed hyperparameters for the penalties of this module: a part of `hparams`.
 
     Args:
-        module: any `nn.Module`; a structure of Tensors too, whose layers are its containers.
+        module: any `nn.Module`, or what `bilevel.parameters` chose of one; a structure of Tensors too, whose layers are
+            its containers.
         value: where they start.
         per: "model": one; "layer": a dict with one for each module that holds tensors itself; "tensor": a dict with
             one for each tensor; "weight": a dict of Tensors of the weights' shapes; or patterns by label,
@@ -133,6 +135,11 @@ def strengths(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(f"penalties.strengths: `value` is a {type(value).__name__}, expected a number")
+    if isinstance(per, Optimizer):
+        raise InvalidTypeError(
+            f"penalties.strengths: `per` is a {type(per).__name__}; write per=penalties.groups(model, optimizer), "
+            "and give the same to the penalty"
+        )
     tensors, names = chosen(*as_tensors(module, "penalties.strengths"), on, "penalties.strengths")
     if isinstance(per, Mapping):
         shared_out(names, list(per), per, "penalties.strengths: `per`")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
 from bilevel.hyperparameters import real
-from bilevel.patterns import Groups, Values, as_tensors, chosen, fitting, values_of
+from bilevel.patterns import Groups, Selection, Values, as_tensors, chosen, fitting, values_of
 from bilevel.ranges import Hyperparameter
 
 __all__ = ["gaussian", "log_normal", "means"]
@@ -105,7 +105,7 @@ def log_normal(strengths: Any, median: float | Tensor, spread: float | Tensor) -
     return torch.stack([(((t / m).log() / s).square() / 2 + s.log() + HALF_LOG_2PI).sum() for t in leaves]).sum()
 
 
-def means(module: nn.Module, *, on: str | Sequence[str] | None = None) -> dict[str, Hyperparameter]:
+def means(module: nn.Module | Selection, *, on: str | Sequence[str] | None = None) -> dict[str, Hyperparameter]:
     """Return a mean for each weight as hyperparameters that start at the module's own weights, for `gaussian`.
 
     With fixed means instead, `{name: p.detach().clone() for name, p in model.named_parameters()}`, fine-tuning stays

@@ -68,7 +68,7 @@ def with_dropout(
         temperature: see `dropout`.
     """
     layers, names = _dropouts(model, "relaxed.with_dropout")
-    found = values_of(names, rates, per, "relaxed.with_dropout: `rates`")
+    found = values_of(names, rates, per, "relaxed.with_dropout: `rates`", "dropout layer")
     before = [layer.__dict__.get("forward") for layer in layers]
     for layer, rate in zip(layers, found, strict=True):
         if rate is not None:
@@ -91,7 +91,7 @@ def dropout_rates(model: nn.Module, value: float | None = None, per: str | Group
         per: "layer" (a dict by their names), "model" (one for all), or patterns by label.
 
     >>> dropout_rates(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.25)))
-    {'1': interval(0.25, 0.0, 1.0)}
+    {'1': interval(0.25)}
     """
     layers, names = _dropouts(model, "relaxed.dropout_rates")
 
@@ -112,7 +112,7 @@ def dropout_rates(model: nn.Module, value: float | None = None, per: str | Group
         raise InvalidValueError(
             f'relaxed.dropout_rates: `per` is {per!r}, expected "layer", "model" or a dict of patterns'
         )
-    labels = shared_out(names, list(per), per, "relaxed.dropout_rates: `per`")
+    labels = shared_out(names, list(per), per, "relaxed.dropout_rates: `per`", "dropout layer")
     by_label = {label: [float(x.p) for x, own in zip(layers, labels, strict=True) if own == label] for label in per}
     return {label: start(own) for label, own in by_label.items()}
 

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 from torch import nn
 
 from bilevel.errors import InvalidTypeError, InvalidValueError
-from bilevel.patterns import all_names, fits, named_parameters, near, shown
+from bilevel.patterns import Selection, all_names, fits, near, shown
 
-
-class Selection:
-    """Some parameters of a module; made by `bilevel.parameters`, taken wherever `params` takes a module.
-
-    Iterating gives the tensors, so that `torch.optim.SGD(bilevel.parameters(model, "head.*"))` works too.
-
-    Attributes:
-        module: the whole module, which losses get.
-        names: the names of the parameters that are chosen.
-    """
-
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self.module, self.names = module, tuple(names)
-
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        found = named_parameters(self.module)
-        return iter([found[name] for name in self.names])
-
-    def __repr__(self) -> str:
-        return f"parameters({type(self.module).__name__}, {', '.join(map(repr, self.names))})"
+__all__ = ["Selection", "parameters"]
 
 
 def parameters(module: nn.Module, *patterns: str) -> Selection:
@@ -62,6 +41,8 @@ def parameters(module: nn.Module, *patterns: str) -> Selection:
             )
     trainable = {id(p): p.requires_grad for p in module.parameters()}
     names = all_names(module)
+    if not names:
+        raise InvalidValueError(f"parameters(): the {type(module).__name__} has no parameters")
     chosen: set[str] = set()
     for pattern in patterns or ("*",):
         fitting = {key: own for key, own in names.items() if any(fits(name, pattern) for name in own)}

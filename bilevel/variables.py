@@ -105,6 +105,8 @@ def _instead(leaf: Any, role: str) -> str:
         return "torch.from_numpy(array)"
     if isinstance(leaf, Iterator):
         return "list(...) around it, or give the module itself"
+    if isinstance(leaf, Selection):
+        return "bilevel.parameters(...) by itself, not inside of a structure"
     if isinstance(leaf, Hyperparameter):
         return "a Tensor here; typed hyperparameters belong into `hparams`"
     if callable(leaf):

@@ -1,4 +1,7 @@
-"""Fine-tune a transformer: one weight decay for each of its layers.
+"""Fine-tune a transformer
+=======================
+
+With one weight decay for each of its layers.
 
 A BERT of two layers from Hugging Face has learned to read the digits 0 to 4, and shall learn 5 to 9 from sixty
 examples. How much should its embeddings, each of its layers and its head be held back? The model is built from a config

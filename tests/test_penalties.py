@@ -110,6 +110,14 @@ def test_constants_are_left_out_and_tied_tensors_counted_once() -> None:
         assert penalties.l2(tied, {"2": 1.0}).item() == pytest.approx(half_square(tied[0].weight), rel=1e-12)
 
 
+def test_strengths_of_chosen_parameters() -> None:
+    net = network()
+    head = bilevel.parameters(net, "3.*")
+    assert list(penalties.strengths(head, 1.0)) == ["3"]
+    assert [len(g["params"]) for g in penalties.param_groups(head, {"3": 1.0})] == [2]
+    assert penalties.l2(head, 1.0).item() == penalties.l2(net, {"3": 1.0}).item()
+
+
 def test_tensors_and_structures() -> None:
     w = vector(3.0, -4.0)
     assert penalties.l2(w, vector(2.0, 1.0)).item() == 17.0
@@ -186,7 +194,9 @@ def test_a_family_of_modules() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({"5": 1.0},), r"has the key '5', which no tensor falls to"),
+        (({"5": 1.0},), r"has the key '5', which no trained tensor falls to"),
+        ((1.0, {"on": []}), r"`on` is \[\], expected a pattern of names"),
+        (({"a": 1.0}, {"per": {"a": 3}}), r"`per`\['a'\] is 3, expected a pattern of names"),
         (({"0.wieght": 1.0},), r"key '0.wieght'.*near names are 0.weight"),
         (({"0": bilevel.positive(1.0)},), r"positive\(1\) is a typed hyperparameter; give it to `hparams`"),
         (({"0": {"weight": 1.0}},), r"\['0'\]: got a dict, expected a number or a Tensor"),
@@ -196,7 +206,7 @@ def test_a_family_of_modules() -> None:
         ((1.0, {"per": "layer"}), r"`per` is 'layer', expected a dict of patterns"),
         ((1.0, {"per": {"a": "*"}}), r"are a float, expected a dict with the keys of `per`"),
         (({"b": 1.0}, {"per": {"a": "*"}}), r"has the keys \['b'\], but `per` has \['a'\]"),
-        (({"a": 1.0}, {"per": {"a": "heads.*"}}), r"group 'a' with heads.\*, which no tensor falls to"),
+        (({"a": 1.0}, {"per": {"a": "heads.*"}}), r"group 'a' with heads.\*, which no trained tensor falls to"),
         ((1.0, {"on": "wieght"}), r"`on` names 'wieght'"),
     ],
 )
@@ -213,6 +223,8 @@ def test_messages_of_the_others() -> None:
         penalties.l2(network().requires_grad_(False), 1.0)
     with pytest.raises(bilevel.InvalidValueError, match=r"`per` is 'layers'.*did you mean \"layer\""):
         penalties.strengths(network(), 1.0, "layers")  # type: ignore[arg-type]
+    with pytest.raises(bilevel.InvalidTypeError, match=r"write per=penalties.groups\(model, optimizer\)"):
+        penalties.strengths(network(), 1.0, torch.optim.SGD(network().parameters()))  # type: ignore[arg-type]
     with pytest.raises(bilevel.InvalidTypeError, match=r"`value` is a str"):
         penalties.strengths(network(), "1.0")  # type: ignore[arg-type]
     with pytest.raises(bilevel.InvalidValueError, match=r"`smooth` is -1"):

@@ -220,3 +220,8 @@ def test_a_pattern_without_a_tensor_is_an_error(patterns: Any, message: str) -> 
 def test_something_else_than_a_module_is_an_error() -> None:
     with pytest.raises(bilevel.InvalidTypeError, match=r"`module` is a dict, expected an nn.Module"):
         bilevel.parameters({"a": torch.zeros(2)}, "a")  # type: ignore[arg-type]
+    with pytest.raises(bilevel.InvalidValueError, match="the Tanh has no parameters"):
+        bilevel.parameters(nn.Tanh())
+    inside: Any = {"a": bilevel.parameters(network())}
+    with pytest.raises(bilevel.InvalidTypeError, match=r"write bilevel.parameters\(...\) by itself"):
+        bilevel.BilevelProblem(fitted, fitted, inside, scalar(1.0), None, data(), data())
