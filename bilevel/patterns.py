@@ -103,7 +103,8 @@ def shared_out(
         names: of the tensors.
         keys: of the dict: names of tensors, of modules that hold some, or patterns. The most specific one counts: a
             tensor's own name, then the longest name of a module, then the first pattern that fits.
-        groups: patterns by key. The first key whose patterns fit counts. None: the keys say it themselves.
+        groups: patterns by key. One with the tensor's own name counts, else the first one whose patterns
+            fit. None: the keys say it themselves.
         what: what messages call the dict.
         noun: what they call a thing that has a name.
 

@@ -38,8 +38,8 @@ def l2(model: Any, strengths: Values, *, per: Groups | None = None, on: On = Non
             ("head.weight"), of modules ("head": all tensors in it) or patterns ("encoder.*.bias"); the most specific
             one counts, and a tensor that no key covers has no penalty. A Tensor of a weight's shape is a strength for
             each of its entries.
-        per: patterns by label, where the keys of `strengths` are labels: `{"head": "head.*", "rest": "*"}`; the first
-            label that fits counts.
+        per: patterns by label, where the keys of `strengths` are labels: `{"head": "head.*", "rest": "*"}`; a label
+            that has a tensor's own name counts, else the first one that fits.
         on: which tensors it is on: None for all, as in torch.optim, biases and the gains of norm layers among them;
             "matrices" for those of two dimensions and more, which leaves both out; or names and patterns of names
             ("weight" stands for every "....weight").

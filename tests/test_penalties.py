@@ -58,6 +58,8 @@ def test_labels_go_by_the_first_pattern() -> None:
     found = penalties.l2(net, {"head": 1.0, "rest": 10.0}, per=per)
     rest = half_square(net[0].weight, net[0].bias, net[1].weight, net[1].bias)
     assert found.item() == pytest.approx(half_square(net[3].weight, net[3].bias) + 10.0 * rest, rel=1e-12)
+    own = penalties.l2(net, {"rest": 0.0, "one": 1.0}, per={"rest": "*", "one": "0.bias"})
+    assert own.item() == pytest.approx(half_square(net[0].bias), rel=1e-12)
 
 
 @pytest.mark.parametrize(
