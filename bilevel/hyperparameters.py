@@ -99,11 +99,13 @@ class Hyperparameters:
 
     def chain(self, free: Vector, natural_gradient: Vector) -> Vector:
         """Return the gradient over unconstrained values that belongs to one over natural values."""
-        u = leaves(free)
+        u = leaves({name: t for name, t in free.items() if name in self.kinds})
+        if not u:
+            return natural_gradient
         with torch.enable_grad():
             natural = self.natural(u)
-        pulled = torch.autograd.grad(list(natural.values()), list(u.values()), list(natural_gradient.values()))
-        return dict(zip(u, pulled, strict=True))
+        pulled = torch.autograd.grad(list(natural.values()), list(u.values()), [natural_gradient[name] for name in u])
+        return {**natural_gradient, **dict(zip(u, pulled, strict=True))}
 
     def moved(self, natural: Vector, step: Vector) -> Vector:
         """Return natural values a step away, inside of their ranges.

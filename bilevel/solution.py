@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,11 +72,13 @@ class Record:
 
 def summarize(tensor: Tensor) -> list[float]:
     """Return the values of a tensor, or their quantiles where they are many."""
-    flat = tensor.detach().double().flatten().cpu()
+    flat = tensor.detach().flatten().cpu()
     if flat.numel() <= SHOWN_ONE_BY_ONE:
         return [float(x) for x in flat]
-    ordered = flat.sort().values  # torch.quantile refuses more than 16 million values
-    return [float(ordered[round(q * (flat.numel() - 1))]) for q in QUANTILES]
+    places = [round(q * (flat.numel() - 1)) for q in QUANTILES]
+    wide = flat.to(torch.promote_types(flat.dtype, torch.float32)).numpy()  # NumPy has no bfloat16
+    ordered = np.partition(wide, places)  # sorting was a tenth of a step of SOBA
+    return [float(ordered[i]) for i in places]
 
 
 @dataclass(frozen=True)

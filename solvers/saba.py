@@ -98,7 +98,7 @@ class Table:
         found = {name: t + self.mean[name] for name, t in change.items()}
         for name, t in value.items():
             self.rows[name][i] = t
-            self.mean[name] = self.mean[name] + self._weights[i] * change[name]
+            self.mean[name].add_(change[name], alpha=self._weights[i])
         return found
 
 

@@ -83,7 +83,8 @@ class Mean:
         """Add one more; the first ones are all remembered alike."""
         self.weight += 1.0
         share = max(1.0 / self.weight, 1.0 / horizon)
-        self.value = v if self.value is None else axpy(share, subtract(v, self.value), self.value)
+        before = self.value
+        self.value = v if before is None else {name: torch.lerp(before[name], t, share) for name, t in v.items()}
         self.square += share * (_squared(v) - self.square)
 
     def spread(self) -> float:
@@ -168,12 +169,11 @@ class Tracking:
     def sampled(self, gradients: Sequence[Vector], before: Vector | None, momentum: float, averages: bool) -> Vector:
         """Return the hypergradient of this call from its draws of D_λ, and find out how noisy it is."""
         draws = Mean()
-        for gradient in gradients:
+        for gradient in gradients if len(gradients) > 1 else ():
             draws.see(gradient, math.inf)
-        assert draws.value is not None
-        found = draws.value if averages else gradients[-1]
+        found = draws.value if averages and draws.value is not None else gradients[-1]
         if before is not None:
-            found = axpy(momentum, before, scale(1.0 - momentum, found))
+            found = axpy(momentum, before, scale(1.0 - momentum, found)) if momentum else found
             self.outer.see(found, CALLS)
         spread, count = (draws.spread(), len(gradients)) if before is None else (self.outer.spread(), 1)
         known = len(gradients) > 1 or self.outer.weight >= FEWEST
@@ -250,12 +250,10 @@ class Tracking:
 
     def _on_minibatches(self, response: Response, here: Here) -> Certificate:
         """Bound the lag by the mean directions over the smallest curvature, and add the noise."""
-        lag, off = self.adjoint.value or zeros_like(here.lower), self.inner.size(self.held)
+        lag = self.adjoint.value or zeros_like(here.lower)
+        off, unsolved = self.inner.size(self.held), self.adjoint.size(self.forgets)
         size = max(float(norm(self.outer.value or here.gradient)), response.gradient_floor)
-        inner, adjoint = (
-            ratio(mean.size(independent), math.sqrt(mean.square))
-            for mean, independent in ((self.inner, self.held), (self.adjoint, self.forgets))
-        )
+        inner, adjoint = ratio(off, math.sqrt(self.inner.square)), ratio(unsolved, math.sqrt(self.adjoint.square))
         low, noise = self.lowest or 0.0, None if self.noise is None else ratio(self.noise, size)
         wrong, error, bias = self._wrong(here, self.bend or 0.0), None, 0.0
         if noise is None:
@@ -267,8 +265,7 @@ class Tracking:
         else:
             if self.reach is None or self.calls % REACHES == 0:
                 self.reach = ratio(float(norm(present(here.system.pull_back(lag)))), float(norm(lag)))
-            reach = self.reach * self.adjoint.size(self.forgets)
-            bias = ratio(reach / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
+            bias = ratio(self.reach * unsolved / low, size) + SENSITIVITY * ratio(off / low, float(norm(here.lower)))
             error = bias + DEVIATIONS * noise + self._rounding(here.lower)
         hint = _told(bias, DEVIATIONS * (noise or 0.0))
         verdict, reasons = judge(error, wrong, by_design=True, hint=hint)

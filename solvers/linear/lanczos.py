@@ -31,16 +31,15 @@ def extreme_eigenvalues(operator: LinearOperator, steps: int = 12) -> tuple[floa
     # The same start in every call: the estimate is a function of the operator alone.
     noise = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q = noise.to(like.device, like.dtype) / noise.norm().to(like.device, like.dtype)
-    basis: list[torch.Tensor] = []
+    basis = torch.empty(min(steps, n), n, dtype=like.dtype, device=like.device)
     diagonal: list[float] = []
     off: list[float] = []
-    for _ in range(min(steps, n)):
-        basis.append(q)
+    for step in range(min(steps, n)):
+        basis[step] = q
         w = operator.flat(q)
         diagonal.append(float(torch.dot(q, w)))
         for _ in range(2):  # twice is enough (Kahan and Parlett)
-            stacked = torch.stack(basis)
-            w = w - stacked.T @ (stacked @ w)
+            w = w - basis[: step + 1].T @ (basis[: step + 1] @ w)
         off.append(float(w.norm()))
         if not math.isfinite(diagonal[-1]) or not math.isfinite(off[-1]):
             raise NonFiniteError(
