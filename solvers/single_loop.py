@@ -11,6 +11,9 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict
 
+import torch
+from torch import Tensor
+
 from bilevel.certificate import Hypergradient
 from bilevel.errors import InvalidValueError, NonFiniteError
 from bilevel.operators import LinearOperator
@@ -22,7 +25,7 @@ from bilevel.solvers.tracking import Here, Tracking
 from bilevel.vector import Vector, axpy, detach, dot, is_finite, norm, scale, zeros_like
 
 DRAWS = 4  # batches on which the curvature is measured
-RECHECK = 200  # calls after which it is measured again: w moves
+RECHECK = 200  # calls after which it is measured again: w moves; more where the last times hardly changed it
 FAR = 0.5  # or where a hyperparameter has moved so far, relative: a step of 1 / L will do until L has doubled
 FARTHER = 1.0  # the smallest one, which takes more products and moves no step
 SAME = 0.2  # a relative change of it after which it may be twice as far until the next time
@@ -47,6 +50,7 @@ class Kept(TypedDict):
         at: λ where it was measured.
         lowest_at: λ where the smallest one was.
         far: how far λ may go until each of them is measured again.
+        checked: the call in which both were.
         count: steps so far.
         gradient: the hypergradient, for its moving average.
         tracking: see `Tracking`.
@@ -59,6 +63,7 @@ class Kept(TypedDict):
     at: Vector
     lowest_at: Vector
     far: tuple[float, float]
+    checked: int
     count: int
     gradient: Vector
     tracking: dict[str, Any]
@@ -77,7 +82,7 @@ class Moving:
         self.at: Vector = {} if kept is None else kept["at"]
         self.lowest_at: Vector = {} if kept is None else kept["lowest_at"]
         self.far, self.farther = (FAR, FARTHER) if kept is None else kept["far"]
-        self.count = 0 if kept is None else kept["count"]
+        self.count, self.checked = (0, 0) if kept is None else (kept["count"], kept["checked"])
         self.grew = False
         self._least, self._allowed = math.inf, GREW_INNER
 
@@ -209,6 +214,7 @@ class Loop:
             at=moving.at,
             lowest_at=moving.lowest_at,
             far=(moving.far, moving.farther),
+            checked=moving.checked,
             count=moving.count,
             gradient=gradient,
             tracking=tracking.state(),
@@ -228,8 +234,10 @@ class Loop:
 
     def _measure(self, moving: Moving, source: Source, upper: Vector, tracking: Tracking) -> None:
         """Measure both ends of the curvature on a few draws where that is due."""
-        if not _moved(moving.lowest_at, upper, moving.farther) and tracking.calls % RECHECK:
+        due = tracking.calls - moving.checked >= RECHECK * moving.farther
+        if not due and not _moved(moving.lowest_at, upper, moving.farther):
             return
+        moving.checked = tracking.calls
         systems, before, first = _systems(source, moving, upper), tracking.lowest, not moving.lowest_at
         moving.largest, tracking.lowest = _largest(systems), _smallest(systems, moving.w)
         tracking.highest, moving.at, moving.lowest_at = moving.largest, detach(upper), detach(upper)
@@ -266,9 +274,11 @@ class Loop:
 
 def _moved(at: Vector, upper: Vector, far: float) -> bool:
     """Say whether a hyperparameter is far from where it was, relative to the smaller of both; so it is from nowhere."""
-    return not at or any(
-        bool((t - at[name]).norm() > far * min(t.norm(), at[name].norm())) for name, t in upper.items()
-    )
+    return not at or any(_length(t - at[name]) > far * min(_length(t), _length(at[name])) for name, t in upper.items())
+
+
+def _length(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t))
 
 
 def _reach(far: float, least: float, most: float, before: float, now: float) -> float:

@@ -26,14 +26,14 @@ from bilevel.vector import Vector, axpy, zeros_like
 class SOBA(Loop):
     """Move w and v by minibatches, a few steps for each hypergradient.
 
-    No inner solver runs and no linear system is solved: a step is one gradient of each loss and one product, a
-    hypergradient one product more. On fixed data it converges linearly; on minibatches it comes as close as their noise
-    allows.
+    No inner solver runs and no linear system is solved: a step is one gradient of each loss and one product. On fixed
+    data it converges linearly; on minibatches it comes as close as their noise allows, and a hypergradient is the mean
+    of D_λ over the steps of its call.
 
     Args:
         lr, decay, momentum, warmup: see `Loop`.
         steps: steps of w and v in each call but the first. 1 is the paper's single loop, for an outer step size well
-            below the inner one; more follow λ more closely and cost more.
+            below the inner one; more follow λ more closely, are less noisy on minibatches, and cost more.
     """
 
     steps: int = 10
@@ -72,8 +72,8 @@ class SOBA(Loop):
     def _round(
         self, moving: Moving, source: Source, upper: Vector, tracking: Tracking, several: bool
     ) -> tuple[Vector, Directions]:
-        every = several and self.averages
-        steps = max(self.steps, self.first // (2 * ROUNDS)) if every else self.steps
+        every = self.averages and not source.exact  # a memory has the mean already
+        steps = max(self.steps, self.first // (2 * ROUNDS)) if every and several else self.steps
         total = zeros_like(upper)
         for step in range(steps):
             outward = every or step == steps - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import bilevel
 from bilevel import SABA, SOBA, AmIGO, BilevelProblem, StocBiO
 from bilevel.evaluation import Evaluator
 from bilevel.response import ProblemResponse
-from bilevel.solvers import Estimator
+from bilevel.solvers import Estimator, single_loop
 from bilevel.solvers.single_loop import Moving
 from bilevel.testing import KnownProblem, check_estimator, known_problems, relative_error
 from problems_single_loop import (
@@ -231,3 +232,42 @@ def test_a_run_on_minibatches_begins_sooner_than_one_hypergradient_alone() -> No
     )
     assert start <= 300 < given
     assert SOBA().first == 1000
+
+
+def test_a_hypergradient_on_minibatches_is_a_mean_over_the_steps_of_its_call() -> None:
+    """dF/dh is the outer loss of a batch here; of a pass of ten batches, in one call, nothing but its mean is left."""
+    of, h = problem("shuffled"), torch.ones((), dtype=torch.float64)
+    scaled = BilevelProblem(
+        lambda w, h, batch: squares(w, batch) + (w**2).sum(),
+        lambda w, h, batch: h * squares(w, batch),
+        torch.zeros(D, dtype=torch.float64),
+        h,
+        inner_data=of.inner_data,
+        outer_data=of.outer_data,
+    )
+    spreads = []
+    for steps in (1, 10):
+        torch.manual_seed(0)
+        evaluate = Evaluator(scaled, SOBA(lr=1e-6, steps=steps, warmup=10))
+        seen = [evaluate({"hparams": h}).hypergradient for _ in range(20)][1:]
+        spreads.append(float(torch.stack([one.gradient["hparams"] for one in seen]).std()))
+        assert seen[-1].cost.gradients == 2 * steps
+    assert spreads[1] < 0.5 * spreads[0]
+
+
+def test_curvature_that_stays_is_measured_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one λ: in the first call, and after 10, 20, 40 and 80 more."""
+    calls, measured, smallest = 0, list[int](), single_loop._smallest
+    monkeypatch.setattr(single_loop, "RECHECK", 10)
+    monkeypatch.setattr(single_loop, "SAME", math.inf)  # small batches differ
+
+    def watched(*given: Any) -> float:
+        measured.append(calls)
+        return smallest(*given)
+
+    monkeypatch.setattr(single_loop, "_smallest", watched)
+    evaluate = Evaluator(problem("shuffled"), SOBA(steps=1, warmup=100))
+    for _ in range(160):
+        evaluate({"hparams": STRENGTHS})
+        calls += 1
+    assert measured == [0, 10, 30, 70, 150]
