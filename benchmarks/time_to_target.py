@@ -282,17 +282,18 @@ class Race:
                     limit = runs[-1][self._settings.clock]  # another rate must be faster to matter
             found = min(runs, key=self._rank)
             if not found["reached"] and found["ended"] == "out of time" and limit < longest:
-                limit, found = longest, self._run(worker, contender, found["rate"], longest, best)
+                found = self._run(worker, contender, found["rate"], longest, best)
         except WorkerError as error:
             return None, ["-", "-", f"failed: {error}"]
         worker.close()
-        return self._words(found, limit, best, ours)
+        return self._words(found, best, ours)
 
     def _run(self, worker: Worker, contender: str, rate: float | None, limit: float, best: float) -> dict[str, Any]:
         """Run once, and let the judge look; the line on stderr is there if the rest fails."""
         path, target = str(self._folder / "run.npz"), best * (1.0 + self._within)
         ended = worker.ask(timeout=4.0 * limit + 300.0, limit=limit, target=target, rate=rate, path=path)
         seen = {**ended, **self._judge.ask(timeout=3600.0, path=path, target=target), "rate": rate}
+        seen["spent"] = min(limit, float(ended[self._settings.clock]))  # less where the wall clock ended it
         self._lowest = min(self._lowest, seen["loss"])
         print(f"{self._workload.name}: {contender}, limit {limit:.1f} s: {seen}", file=sys.stderr, flush=True)
         return seen
@@ -302,16 +303,14 @@ class Race:
         reached = bool(seen["reached"])
         return not reached, float(seen[self._settings.clock] if reached else seen["loss"])
 
-    def _words(
-        self, found: dict[str, Any], limit: float, best: float, ours: float | None
-    ) -> tuple[float | None, list[str]]:
+    def _words(self, found: dict[str, Any], best: float, ours: float | None) -> tuple[float | None, list[str]]:
         how = "" if found["rate"] is None else f"rate {found['rate']:g}"
         if found["reached"]:
             seconds = float(found[self._settings.clock])
             return seconds, [duration(seconds), f"{seconds / (ours or seconds):.1f}", how]
         over = found["ended"] == "out of time"
-        spent = limit if over else found[self._settings.clock]
+        spent = found["spent"] if over else found[self._settings.clock]
         words = f"> {duration(spent)}" if over else f"ended after {duration(spent)}"
-        ratio = f"> {limit / ours:.1f}" if over and ours is not None else "-"
+        ratio = f"> {spent / ours:.1f}" if over and ours is not None else "-"
         how = how if over else f"{how} {found['ended']}".strip()
         return None, [f"{words}, at {found['loss'] / best - 1.0:.0e}", ratio, how]
