@@ -169,9 +169,9 @@ def test_a_run_that_stands_still_pays_for_no_solve() -> None:
     assert solution.start.inner_steps > 10
     for record in solution.history:
         # Both solves start at their solutions. Left are the two residuals of the adjoint (at its start and its end),
-        # H w for the scale and two pulls onto λ; and the gradients of the inner loss here, which training hands over, and
-        # at the start of `params`, and of the outer loss. The estimate takes both gradients, a product and a pull as far
-        # away as the inner solution may be.
+        # H w for the scale and two pulls onto λ; and the gradients of the outer loss, of the inner one here, which
+        # training hands over, and of that at the start of `params`. The estimate takes both gradients, a product and a
+        # pull as far away as the inner solution may be.
         assert record.inner_steps == 0
         assert record.products == 5 + 2
         assert record.gradients == 3 + 2

@@ -54,8 +54,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         best_estimator_: a fitted estimator of scikit-learn's; with several strengths a Pipeline with a step more, which
             divides the columns (`bilevel.sklearn.strengths`).
         best_params_: its settings in scikit-learn's units, by the names that `set_params` of `estimator` takes. With
-            several strengths there is one entry more, `alpha_per_feature` (or C_, or _per_group): a dict of names to
-            strengths, which `set_params` does not take; `best_estimator_` has them.
+            several strengths there is one entry more, `alpha_per_feature` (`C_per_feature`; `..._per_group`): a dict of
+            names to strengths, which `set_params` does not take; `best_estimator_` has them.
         best_score_: mean score of the validation rows of the folds, larger is better.
         best_index_: the row of `cv_results_` that the search ended at.
         cv_results_: as in GridSearchCV, one row for each point that was evaluated.
