@@ -23,12 +23,12 @@ from bilevel import prox
 from bilevel.hyperparameters import positive
 from bilevel.inner import LBFGS, Proximal
 from bilevel.inner.base import InnerSolver
-from bilevel.outer import solve
 from bilevel.problem import BilevelProblem
 from bilevel.sklearn.folds import Design, Folds
+from bilevel.sklearn.lasso import BlockLasso, OnSupport
 from bilevel.sklearn.newton import BlockNewton, Factored
 from bilevel.sklearn.scoring import Scoring, mean_losses
-from bilevel.sklearn.tuning import Floats, Options, Row, Tuned, Watched, prior, try_each
+from bilevel.sklearn.tuning import Floats, Options, Row, Tuned, Watched, prior, run, try_each
 from bilevel.solvers import Implicit
 from bilevel.vector import Vector
 
@@ -54,12 +54,14 @@ class Linear:
         intercept: whether there is one, and whether it is penalized like a weight (liblinear).
         scaling: the feature that the intercept is the weight of.
         classes: targets are classes.
+        squares: losses are half of the squared errors.
         coupled: the models of a fold have one loss together (softmax).
         class_weight: scikit-learn's.
+        scaled: losses take a third argument, the scale of the residuals `(folds, 1, 1)`, which is trained (Huber).
     """
 
     parameter: Literal["alpha", "C"]
-    losses: Callable[[Tensor, Tensor], Tensor]
+    losses: Callable[..., Tensor]
     scorings: dict[str, Scoring]
     l2: float = 1.0
     l1: float = 0.0
@@ -67,8 +69,10 @@ class Linear:
     intercept: Literal["free", "penalized", "none"] = "free"
     scaling: float = 1.0
     classes: bool = False
+    squares: bool = False
     coupled: bool = False
     class_weight: Any = None
+    scaled: bool = False
 
     def strength(self, estimator: Any) -> float:
         """Return the strength that an estimator has; where it has none, one to begin with."""
@@ -110,14 +114,18 @@ class LinearSearch:
         self.training = folds.training[:, None]
         self.total = float(folds.training.sum())
         self.factor = folds.training.sum(1)[:, None, None] if model.mean else torch.ones(1, 1, 1, dtype=torch.float64)
+        self.size = float(targets.std()) or 1.0  # of residuals, to begin with
         self.rows: list[Row] = []
 
     def run(self) -> Tuned:
         """Try a few common strengths, and go on from the best one with all of them by hypergradients."""
-        newton, solver = self._solver()
+        method, solver = self._solver()
         watched = Watched(solver, self._see, penalties=getattr(solver, "penalties", ()))
         shape = (len(self.training), len(self.targets), self.design.shape[1])
         zeros = torch.zeros(shape, dtype=torch.float64)
+        params = {"w": zeros}
+        if self.model.scaled:
+            params["log size"] = torch.zeros(len(self.training), 1, 1, dtype=torch.float64)
         tried = self._probes(zeros)
         low, high = min(tried) / BEYOND, max(tried) * BEYOND
         hparams: dict[str, Any] = {
@@ -126,22 +134,14 @@ class LinearSearch:
         if self.index is not None:
             hparams["own"] = positive(1.0, shape=(int(self.index.max()) + 1,))
         # the strengths that are tried set the scale of the hypergradient at the start
-        problem = BilevelProblem(self._inner, self._outer, {"w": zeros}, hparams, watched)
+        problem = BilevelProblem(self._inner, self._outer, params, hparams, watched)
         try_each(problem, "strength", sorted({*tried, self.start}, reverse=True))
         best = min(self.rows, key=lambda row: row.loss)
         begin = self._strength(best)
         hparams["strength"] = positive(begin, low=min(low, begin), high=max(high, begin))
-        problem = BilevelProblem(self._inner, self._outer, {"w": zeros}, hparams, watched)
-        method = "implicit" if newton is None else Implicit(Factored(newton, self.total))
-        solution = solve(
-            problem,
-            method,
-            steps=self.options.max_steps,
-            tol=self.options.tol,
-            progress=self.options.verbose > 0,
-            on_untrusted="warn",
-        )
-        return Tuned(self.rows, self._ended_at(solution), solution)
+        problem = BilevelProblem(self._inner, self._outer, params, hparams, watched)
+        solution = run(problem, method, self.options)
+        return Tuned(self.rows, self._ended_at(solution), solution, solution.status)
 
     def _ended_at(self, solution: Any) -> int:
         """Return the row whose settings the run ended with."""
@@ -158,15 +158,28 @@ class LinearSearch:
         value = float(row.params[self.model.parameter])
         return value if self.model.parameter == "alpha" else 1.0 / value
 
-    def _solver(self) -> tuple[BlockNewton | None, InnerSolver]:
+    def _solver(self) -> tuple[str | Implicit, InnerSolver]:
+        """Return the method and the inner solver: with factors of their own where the Hessians are small."""
         model, p = self.model, self.design.shape[1]
         if model.l1 > 0.0:
-            return None, Proximal(prox.L1(self._l1))
-        if self.design.sparse or p > DENSE_UP_TO or (model.coupled and p * len(self.targets) > COUPLED_UP_TO):
-            return None, LBFGS()
+            penalty = prox.L1(self._l1)
+            if not model.squares or self.design.sparse or p > DENSE_UP_TO:
+                return "implicit", Proximal(penalty)
+            lasso = BlockLasso(
+                self.design,
+                self.targets[0],
+                self.folds.training,
+                lambda h: self._l1(h) * self.total,
+                self._l2,
+                model.intercept != "none",
+                (penalty,),
+            )
+            return Implicit(OnSupport(lasso, self.total)), lasso
+        if self.design.sparse or p > DENSE_UP_TO or model.scaled or (model.coupled and p * len(self.targets) > COUPLED_UP_TO):
+            return "implicit", LBFGS()
         shift = 1.0 if model.coupled and model.intercept == "free" else 0.0
         newton = BlockNewton(self.design, self._losses, self.training, self._l2, model.coupled, shift)
-        return newton, newton
+        return Implicit(Factored(newton, self.total)), newton
 
     def _probes(self, zeros: Tensor) -> list[float]:
         """Return common strengths from hardly any weights to hardly any penalty."""
@@ -184,8 +197,11 @@ class LinearSearch:
         curvature = float(squares.mean()) or 1.0
         return [curvature * 10.0**decade for decade in DECADES]
 
-    def _losses(self, scores: Tensor) -> Tensor:
-        return self.model.losses(scores, self.targets)
+    def _losses(self, scores: Tensor, size: Tensor | None = None) -> Tensor:
+        if not self.model.scaled:
+            return self.model.losses(scores, self.targets)
+        size = torch.ones(1, 1, 1, dtype=torch.float64) if size is None else size
+        return self.model.losses(scores, self.targets, self.size * size)
 
     def _own(self, h: Any, power: float) -> Tensor:
         """Return the part of each weight's strength that is its column's own, `(p,)`."""
@@ -206,7 +222,8 @@ class LinearSearch:
 
     def _inner(self, params: Any, h: Any) -> Tensor:
         w = params["w"]
-        losses = (self.training * self._losses(self.design.scores(w))).sum()
+        size = params["log size"].exp() if self.model.scaled else None
+        losses = (self.training * self._losses(self.design.scores(w), size)).sum()
         penalty = 0.5 * (self._l2(h) * w**2).sum()
         if self.model.coupled and self.model.intercept == "free":  # the same number added to all changes no softmax
             penalty = penalty + 0.5 * (w[..., -1].sum(1) ** 2).sum()

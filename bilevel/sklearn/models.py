@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn import linear_model, svm
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor
 
 from bilevel.errors import InvalidTypeError, InvalidValueError, meant
@@ -42,7 +45,7 @@ def _elastic_net(estimator: Any, classes: int, l1_ratio: float | None = None) ->
     _refuse(estimator, positive=False)
     l1 = float(estimator.l1_ratio if l1_ratio is None else l1_ratio)
     return Linear(
-        "alpha", _half_squares, scoring.REGRESSION, l2=1.0 - l1, l1=l1, mean=True, intercept=_intercept(estimator)
+        "alpha", _half_squares, scoring.REGRESSION, l2=1.0 - l1, l1=l1, mean=True, squares=True, intercept=_intercept(estimator)
     )
 
 
@@ -99,6 +102,16 @@ def _linear_svr(estimator: Any, classes: int) -> Linear:
     )
 
 
+def _huber(estimator: Any, classes: int) -> Linear:
+    width = float(estimator.epsilon)
+
+    def losses(scores: Tensor, y: Tensor, size: Tensor) -> Tensor:
+        z = ((y - scores) / size).abs()
+        return size * (1.0 + torch.where(z <= width, z**2, 2.0 * width * z - width**2))
+
+    return Linear("alpha", losses, scoring.ROBUST, l2=2.0, intercept=_intercept(estimator), scaled=True)
+
+
 def _poisson(estimator: Any, classes: int) -> Linear:
     return Linear("alpha", _deviances, scoring.COUNTS, mean=True, intercept=_intercept(estimator))
 
@@ -122,10 +135,13 @@ LINEAR = {
     linear_model.LogisticRegression: _logistic,
     linear_model.Lasso: _lasso,
     linear_model.ElasticNet: _elastic_net,
+    linear_model.HuberRegressor: _huber,
     linear_model.PoissonRegressor: _poisson,
     svm.LinearSVC: _linear_svc,
     svm.LinearSVR: _linear_svr,
 }
+
+SUPPORTED = (*LINEAR, KernelRidge, GaussianProcessRegressor)
 
 # What people may bring instead, and what is nearest to it.
 NEAREST = {
@@ -147,7 +163,7 @@ def unsupported(estimator: Any) -> InvalidTypeError:
     name = type(estimator).__name__
     if isinstance(estimator, type):
         return InvalidTypeError(f"`estimator` is the class {estimator.__name__}; write {estimator.__name__}()")
-    known = [cls.__name__ for cls in LINEAR]
+    known = [cls.__name__ for cls in SUPPORTED]
     plain = name.removesuffix("CV")
     instead = NEAREST.get(name) or (f"{plain}()" if plain in known else "")
     hint = f"; the nearest to it is {instead}" if instead else meant(name, known) or _searched(estimator)

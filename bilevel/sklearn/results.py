@@ -53,7 +53,7 @@ def summary(search: Any) -> str:
     rows = [
         ("estimator", str(search.estimator)),
         ("scoring", f"{search.scoring_} (larger is better), {search.n_splits_} folds"),
-        *((name, f"{value:.4g}") for name, value in search.best_params_.items() if isinstance(value, float)),
+        *((name, _shown(v)) for name, v in search.best_params_.items() if not isinstance(v, dict)),
     ]
     for name, values in strengths.items():
         numbers = list(values.values())
@@ -69,8 +69,12 @@ def summary(search: Any) -> str:
         rows.append(
             ("gap", "not measured: so many strengths can fit the validation rows; holdout=0.2 sets rows aside for it")
         )
-    if search.solution_ is not None:
-        rows.append(("run", f"{search.solution_.status}; {len(results['params'])} points evaluated"))
-        rows.append(("hypergradient", search.solution_.certificate.verdict))
+    rows.append(("run", f"{search.status_.partition(';')[0]}; {len(results['params'])} points evaluated"))
+    certificate = getattr(search.solution_, "certificate", None)
+    rows.append(("hypergradient", certificate.verdict if certificate else "exact (closed form)"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

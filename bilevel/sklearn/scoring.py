@@ -82,6 +82,15 @@ def _log_root(losses: Tensor) -> Tensor:
     return torch.log(torch.sqrt(losses + TINY).mean())
 
 
+def _log(losses: Tensor) -> Tensor:
+    return torch.log(losses.mean() + TINY)
+
+
+def absolute(scores: Tensor, y: Tensor) -> Tensor:
+    """Return the absolute error of each row."""
+    return (scores - y).abs().sum(1)
+
+
 def _roots(losses: Tensor) -> Tensor:
     return -torch.sqrt(losses)
 
@@ -103,7 +112,9 @@ def _errors(loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Scoring]:
     return {row.name: row for row in rows}
 
 
-REGRESSION = _errors(squared)
+ABSOLUTE = {"neg_mean_absolute_error": Scoring("neg_mean_absolute_error", absolute, outer=_log)}
+REGRESSION = {**_errors(squared), **ABSOLUTE}
+ROBUST = {**ABSOLUTE, **REGRESSION}
 COUNTS = {
     "neg_mean_poisson_deviance": Scoring("neg_mean_poisson_deviance", _poisson, outer=_half),
     **_errors(_squared_after_exp),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, is_classifier
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.model_selection import check_cv, train_test_split
 from sklearn.pipeline import Pipeline
@@ -16,11 +17,12 @@ from sklearn.utils import _safe_indexing
 from sklearn.utils.validation import check_is_fitted
 
 from bilevel.errors import InvalidValueError
+from bilevel.sklearn import kernel_ridge, process
 from bilevel.sklearn.delegation import Delegates
 from bilevel.sklearn.folds import fold
 from bilevel.sklearn.inputs import Inputs, class_weights, read, targets, transformers_of
 from bilevel.sklearn.linear import LinearSearch
-from bilevel.sklearn.models import LINEAR, unsupported
+from bilevel.sklearn.models import LINEAR, SUPPORTED, unsupported
 from bilevel.sklearn.results import cv_results, summary
 from bilevel.sklearn.scoring import decision_scores, score_of, scoring_of
 from bilevel.sklearn.strengths import final_estimator, grouping
@@ -62,7 +64,9 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         n_splits_: folds.
         refit_time_: seconds.
         scoring_: the name of the scoring.
-        solution_: the outer run, a `bilevel.Solution`, with its certificate.
+        status_: why the run ended.
+        solution_: the outer run, a `bilevel.Solution`, with its certificate; None where training has a closed form, through
+            which the gradient is exact (kernel ridge, Gaussian processes).
         holdout_score_: score of the rows set aside, by a model that was trained on the others.
         gap_: `best_score_ - holdout_score_`.
     """
@@ -136,7 +140,7 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         """Return the estimator that has the hyperparameters, or raise."""
         pipeline = isinstance(self.estimator, Pipeline)
         last = self.estimator.steps[-1][1] if pipeline else self.estimator
-        if type(last) not in LINEAR:
+        if type(last) not in SUPPORTED:
             raise unsupported(last)
         return last
 
@@ -157,15 +161,27 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         """Search on the rows given."""
         classes = is_classifier(last)
         wanted, found = targets(inputs.y, classes)
-        model = LINEAR[type(last)](last, 0 if found is None else len(found))
-        scoring = scoring_of(self.scoring, model.scorings, type(last).__name__)
+        name = type(last).__name__
+        model = LINEAR[type(last)](last, 0 if found is None else len(found)) if type(last) in LINEAR else None
+        if model is not None:
+            known = model.scorings
+        elif isinstance(last, KernelRidge):
+            known = kernel_ridge.check(last)
+        else:
+            known = process.check(last, self.penalties, inputs.weights)
+        scoring = scoring_of(self.scoring, known, name)
         splits = list(check_cv(self.cv, inputs.y, classifier=classes).split(inputs.X, inputs.y, inputs.groups))
         rows = fold(
-            transformers_of(self.estimator), inputs, splits, class_weights(model.class_weight, inputs.y, splits)
+            transformers_of(self.estimator), inputs, splits, class_weights(getattr(model, "class_weight", None), inputs.y, splits)
         )
         self.n_splits_, self.scoring_, self._scoring = len(splits), scoring.name, scoring
         self._grouping = grouping(self.penalties, self.feature_groups, rows.names, rows.features, inputs.names)
         index = None if self._grouping is None else self._grouping.index
+        if isinstance(last, KernelRidge):
+            return kernel_ridge.tune(last, rows, wanted, scoring, index, options)
+        if model is None:
+            self._grouping = None
+            return process.tune(last, rows, wanted, scoring, index is not None, options, last.random_state)
         start = model.strength(last)
         return LinearSearch(model, rows, wanted, scoring, index, options, start).run()
 
@@ -176,6 +192,7 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         self.best_index_ = tuned.best
         self.best_params_ = self.cv_results_["params"][tuned.best]
         self.best_score_ = float(self.cv_results_["mean_test_score"][tuned.best])
+        self.status_ = tuned.status
         self.multimetric_ = False
         # the link to the problem's own tensors serves nobody here, and no pickle can hold it
         self.solution_ = None if tuned.solution is None else replace(tuned.solution, _write_back=None)
@@ -211,6 +228,10 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         """Score rows that no fold has seen, by a model of the others."""
         held = np.setdiff1d(np.arange(len(inputs.y)), rows)
         fitted = self._fitted(X, inputs, rows)
+        if self._scoring.name in process.DENSITIES:
+            self.holdout_score_ = process.density(fitted, _safe_indexing(X, held), inputs.y[held])
+            self.gap_ = self.best_score_ - self.holdout_score_
+            return
         classes = fitted.classes_ if is_classifier(fitted) else None
         wanted, _ = targets(inputs.y[held], classes is not None, classes)
         weights = np.ones(len(held)) if inputs.weights is None else inputs.weights[held]

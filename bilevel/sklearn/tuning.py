@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel.inner.base import InnerSolution, InnerSolver, Task
+from bilevel.outer import solve
 from bilevel.problem import BilevelProblem
 from bilevel.prox.base import Penalty
 from bilevel.response import ProblemResponse
-from bilevel.solution import Solution
+from bilevel.solution import Record, Solution
 from bilevel.vector import Vector, detach
+
+FLAT = 1e-3  # times `tol`: a step that lowers the outer loss, nats a row, by less is the last
 
 Floats = NDArray[np.float64]
 
@@ -70,12 +74,14 @@ class Tuned:
     Attributes:
         rows: all points that were evaluated.
         best: which of them the run ended at.
-        solution: the outer run; None where there was none.
+        solution: the outer run; None for models in closed form.
+        status: why the run ended.
     """
 
     rows: list[Row]
     best: int
     solution: Solution | None
+    status: str
 
 
 @dataclass
@@ -93,6 +99,32 @@ class Watched:
         solution = self.solver.solve(task, lower, upper)
         self.see(detach(solution.value), detach(upper), time.perf_counter() - begun)
         return solution
+
+
+def run(problem: BilevelProblem, method: Any, options: Options) -> Solution:
+    """Tune, until the gradient is small or a step gains next to nothing: at the kinks of a lasso no gradient is small."""
+    last, flat = [math.inf], False
+
+    def stop(record: Record) -> None:
+        nonlocal flat
+        last.append(record.outer_loss)
+        flat = last[-2] - last[-1] < FLAT * options.tol
+        if flat:
+            raise KeyboardInterrupt
+
+    solution = solve(
+        problem,
+        method,
+        steps=options.max_steps,
+        tol=options.tol,
+        progress=options.verbose > 0,
+        callbacks=[stop],
+    )
+    if not solution.status.startswith("interrupted"):
+        return solution
+    if not flat:
+        raise KeyboardInterrupt
+    return replace(solution, status=f"converged: the last step lowered the outer loss by {last[-2] - last[-1]:.1e}")
 
 
 def try_each(problem: BilevelProblem, name: str, values: Sequence[float]) -> Any:
