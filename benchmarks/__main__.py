@@ -26,7 +26,9 @@ SECTIONS = {
     "unrolling": "Unrolling within a budget",
     "minibatches": "Minibatches",
     "overhead": "Overhead",
+    "searches": "Searches of scikit-learn's estimators",
 }
+ELSEWHERE = ("searches",)  # on docs/sklearn.md; run where it is named
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     )
     where = f"{surroundings(settings)}; {versions((settings.python, *settings.rivals_python))}"
     print(f"{where}\n", flush=True)
-    for name in given.sections or SECTIONS:
+    for name in given.sections or [name for name in SECTIONS if name not in ELSEWHERE]:
         begin = time.perf_counter()
         try:
             text = importlib.import_module(f"benchmarks.{name.replace('-', '_')}").run(settings)

@@ -65,7 +65,13 @@ def descend(
         return accepted[-2] - accepted[-1] < FLAT * options.tol
 
     tried = [function(np.clip(start, *bounds))[0] for start in starts]
-    lbfgs(function, np.clip(starts[int(np.argmin(tried))], *bounds), max_steps=options.max_steps, bounds=bounds, after_step=settled)
+    lbfgs(
+        function,
+        np.clip(starts[int(np.argmin(tried))], *bounds),
+        max_steps=options.max_steps,
+        bounds=bounds,
+        after_step=settled,
+    )
     steps = len(accepted) - 1
     ended = f"converged: the last of {steps} steps lowered the outer loss by less than {FLAT * options.tol:.0e}"
     if steps >= options.max_steps:
@@ -74,8 +80,10 @@ def descend(
 
 
 def solve_by_cholesky(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Cholesky factor of a kernel matrix and its solution; what is singular by rounding gets a little more."""
-    more, factor, failed = 0.0, *torch.linalg.cholesky_ex(matrix)
+    """Return the Cholesky factor, of a little more where rounding made the matrix singular, and a solution."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    more = 0.0
     scale = float(matrix.detach().diagonal().mean())
     while bool(failed):
         more = max(100.0 * more, 1e-14)

@@ -63,9 +63,16 @@ def read(search: Any, X: Any, y: Any, sample_weight: Any, groups: Any, classes: 
     if y is None:
         raise InvalidValueError(f"{type(search).__name__} requires y to be passed, but the target y is None")
     if transformers_of(search.estimator) is None:
-        X, y = check_X_y(
-            X, y, accept_sparse="csr", dtype=np.float64, estimator=search, y_numeric=not classes, ensure_min_samples=2
-        )
+        try:
+            X, y = check_X_y(X, y, accept_sparse="csr", dtype=np.float64, estimator=search, y_numeric=not classes)
+        except ValueError as error:
+            if "Input X contains NaN" not in str(error):
+                raise
+            name = type(search.estimator).__name__
+            raise InvalidValueError(
+                f"Input X contains NaN, which {name} does not take; put an imputer before it, fitted on the training "
+                f"rows of each fold: GradientSearchCV(make_pipeline(SimpleImputer(), {name}()))"
+            ) from error
     else:
         y = column_or_1d(y, warn=True)
         assert_all_finite(y, input_name="y")

@@ -32,8 +32,8 @@ def check(estimator: Any) -> dict[str, Scoring]:
     """Return the scorings, or raise for a kernel without a derivative here."""
     if estimator.kernel not in KERNELS:
         raise InvalidValueError(
-            f"`estimator` is {estimator}, whose kernel={estimator.kernel!r} has no derivative here; write kernel= one of "
-            f"{', '.join(map(repr, KERNELS))}"
+            f"`estimator` is {estimator}, whose kernel={estimator.kernel!r} has no derivative here; write kernel= one "
+            f"of {', '.join(map(repr, KERNELS))}"
         )
     return scorings.REGRESSION
 
@@ -47,7 +47,8 @@ def kernel(estimator: Any, x: Tensor, gamma: Tensor) -> Tensor:
     products = x @ x.T
     if estimator.kernel == "linear":
         return products
-    return (gamma * products + estimator.coef0) ** estimator.degree
+    powers: Tensor = (gamma * products + estimator.coef0) ** estimator.degree
+    return powers
 
 
 def tune(
@@ -59,7 +60,9 @@ def tune(
     options: Options,
 ) -> Tuned:
     """Tune alpha, gamma where the kernel has one, and the scales of columns."""
-    rows = [torch.from_numpy(x.toarray() if hasattr(x, "toarray") else np.asarray(x, dtype=np.float64)) for x in folds.rows]
+    rows = [
+        torch.from_numpy(x.toarray() if hasattr(x, "toarray") else np.asarray(x, dtype=np.float64)) for x in folds.rows
+    ]
     with_gamma = estimator.kernel in WITH_GAMMA
     groups = 0 if index is None else int(index.max()) + 1
     columns = None if index is None else torch.from_numpy(index)
@@ -84,13 +87,16 @@ def tune(
         told = [scoring.told(m.detach()).numpy() for m in (means, trained)]
         ratios = None if columns is None else own.detach().numpy()
         strengths = ("scale", np.ones(1) if ratios is None else ratios)
-        value = float(plain.detach())
+        value, (tests, trains) = float(plain.detach()), told
         return Point(
-            float(loss.detach()), gradient.numpy(), lambda s: Row(params, ratios, strengths, scale, *told, value, s)
+            float(loss.detach()),
+            gradient.numpy(),
+            lambda seconds: Row(params, ratios, strengths, scale, tests, trains, value, seconds),
         )
 
     begin = np.zeros(1 + with_gamma + groups)
-    begin[0] = math.log(estimator.alpha if np.isscalar(estimator.alpha) and estimator.alpha > 0.0 else 1.0)
+    alpha = float(np.mean(estimator.alpha))
+    begin[0] = math.log(alpha if alpha > 0.0 else 1.0)
     begin[1 : 1 + with_gamma] = math.log(estimator.gamma or 1.0 / folds.features)
     starts = [begin]
     for a in ALPHAS:

@@ -56,7 +56,7 @@ class BlockLasso:
     intercept: bool
     penalties: tuple[Penalty, ...]
     needs_fixed_loss: ClassVar[bool] = True
-    factors: list[tuple[Floats, tuple[Floats, bool]]] = field(default_factory=list, init=False)
+    factors: list[tuple[NDArray[np.bool_], tuple[Floats, bool]]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.parts = [self._centered(i) for i in range(len(self.weights))]
@@ -112,7 +112,7 @@ class BlockLasso:
         slack[held] = 0.0
         return exact if (np.sign(exact[held]) == signs).all() and (slack <= 0.0).all() else w
 
-    def _factor(self, fold: int, w: Floats, l2: Floats) -> tuple[Floats, tuple[Floats, bool]]:
+    def _factor(self, fold: int, w: Floats, l2: Floats) -> tuple[NDArray[np.bool_], tuple[Floats, bool]]:
         """Return where weights are free and the factor of the Hessian there."""
         free = np.append(w != 0.0, True) if self.intercept else w != 0.0
         rows = self.design.stacked[min(fold, len(self.design.rows) - 1)].numpy()[:, free]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bilevel import prox
 from bilevel.hyperparameters import positive
-from bilevel.inner import LBFGS, Proximal
+from bilevel.inner import NewtonCG, Proximal
 from bilevel.inner.base import InnerSolver
 from bilevel.problem import BilevelProblem
 from bilevel.sklearn.folds import Design, Folds
@@ -135,7 +135,7 @@ class LinearSearch:
             hparams["own"] = positive(1.0, shape=(int(self.index.max()) + 1,))
         # the strengths that are tried set the scale of the hypergradient at the start
         problem = BilevelProblem(self._inner, self._outer, params, hparams, watched)
-        try_each(problem, "strength", sorted({*tried, self.start}, reverse=True))
+        try_each(problem, "strength", sorted({*tried, self.start}, reverse=True), lambda: [r.loss for r in self.rows])
         best = min(self.rows, key=lambda row: row.loss)
         begin = self._strength(best)
         hparams["strength"] = positive(begin, low=min(low, begin), high=max(high, begin))
@@ -175,8 +175,13 @@ class LinearSearch:
                 (penalty,),
             )
             return Implicit(OnSupport(lasso, self.total)), lasso
-        if self.design.sparse or p > DENSE_UP_TO or model.scaled or (model.coupled and p * len(self.targets) > COUPLED_UP_TO):
-            return "implicit", LBFGS()
+        if (
+            self.design.sparse
+            or p > DENSE_UP_TO
+            or model.scaled
+            or (model.coupled and p * len(self.targets) > COUPLED_UP_TO)
+        ):
+            return "implicit", NewtonCG()
         shift = 1.0 if model.coupled and model.intercept == "free" else 0.0
         newton = BlockNewton(self.design, self._losses, self.training, self._l2, model.coupled, shift)
         return Implicit(Factored(newton, self.total)), newton

@@ -45,7 +45,14 @@ def _elastic_net(estimator: Any, classes: int, l1_ratio: float | None = None) ->
     _refuse(estimator, positive=False)
     l1 = float(estimator.l1_ratio if l1_ratio is None else l1_ratio)
     return Linear(
-        "alpha", _half_squares, scoring.REGRESSION, l2=1.0 - l1, l1=l1, mean=True, squares=True, intercept=_intercept(estimator)
+        "alpha",
+        _half_squares,
+        scoring.REGRESSION,
+        l2=1.0 - l1,
+        l1=l1,
+        mean=True,
+        squares=True,
+        intercept=_intercept(estimator),
     )
 
 

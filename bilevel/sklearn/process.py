@@ -1,8 +1,8 @@
 """Gaussian process regression: the kernel's hyperparameters, by folds, by leave-one-out or by the marginal likelihood.
 
 Rasmussen and Williams, Gaussian processes for machine learning, MIT Press 2006: equations 2.25 and 2.26 (predictions),
-2.30 (marginal likelihood), 5.10 to 5.12 (leave-one-out in closed form). K and its derivatives over the logarithms of the
-hyperparameters are those of scikit-learn's kernel, so that any of its kernels does; the loss's derivative over K is
+2.30 (marginal likelihood), 5.10 to 5.12 (leave-one-out in closed form). K and its derivatives over the logarithms of
+the hyperparameters are those of scikit-learn's kernel, so that any of its kernels does; the loss's derivative over K is
 autograd's.
 """
 
@@ -53,10 +53,8 @@ def check(estimator: Any, penalties: str, weights: Any) -> dict[str, Scoring]:
 
 def kernel_of(estimator: Any, features: int, each: bool) -> Any:
     """Return the kernel to begin with; with a length scale for each column where asked for."""
-    if estimator.kernel is None:
-        kernel = ConstantKernel(1.0) * RBF(1.0)
-    else:
-        kernel = clone(estimator.kernel)
+    # scikit-learn's own default is this one, fixed
+    kernel = ConstantKernel(1.0) * RBF(1.0) if estimator.kernel is None else clone(estimator.kernel)
     if each:
         params = kernel.get_params()
         lengths = {k: v for k, v in params.items() if k.rsplit("__", 1)[-1] == "length_scale" and np.ndim(v) == 0}
@@ -84,8 +82,8 @@ def tune(estimator: Any, folds: Folds, y: Tensor, scoring: Scoring, each: bool, 
     whole = scoring.name in ("leave_one_out", "log_marginal_likelihood")
     if whole and len(rows) > 1:
         raise InvalidValueError(
-            f"`scoring` is {scoring.name!r}, which has no folds that the transformers of a pipeline could be fitted on; "
-            'write scoring="log_predictive_density", or transform X before'
+            f"`scoring` is {scoring.name!r}, which has no folds that the transformers of a pipeline could be fitted "
+            'on; write scoring="log_predictive_density", or transform X before'
         )
 
     def evaluate(theta: Floats) -> Point:
@@ -108,8 +106,12 @@ def tune(estimator: Any, folds: Folds, y: Tensor, scoring: Scoring, each: bool, 
         told = [scoring.told(part.detach()).numpy() for part in (losses, trained)]
         params = {"kernel": kernel, "optimizer": None}
         none = ("kernel", np.ones(1))
-        plain = float(loss.detach())
-        return Point(plain + value, gradient + slope, lambda s: Row(params, None, none, None, *told, plain, s))
+        plain, (tests, trains) = float(loss.detach()), told
+        return Point(
+            plain + value,
+            gradient + slope,
+            lambda seconds: Row(params, None, none, None, tests, trains, plain, seconds),
+        )
 
     bounds = begin.bounds
     random, starts = check_random_state(seed), [begin.theta]

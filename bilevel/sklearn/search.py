@@ -65,8 +65,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         refit_time_: seconds.
         scoring_: the name of the scoring.
         status_: why the run ended.
-        solution_: the outer run, a `bilevel.Solution`, with its certificate; None where training has a closed form, through
-            which the gradient is exact (kernel ridge, Gaussian processes).
+        solution_: the outer run, a `bilevel.Solution`, with its certificate; None where training has a closed form,
+            through which the gradient is exact (kernel ridge, Gaussian processes).
         holdout_score_: score of the rows set aside, by a model that was trained on the others.
         gap_: `best_score_ - holdout_score_`.
     """
@@ -172,7 +172,10 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         scoring = scoring_of(self.scoring, known, name)
         splits = list(check_cv(self.cv, inputs.y, classifier=classes).split(inputs.X, inputs.y, inputs.groups))
         rows = fold(
-            transformers_of(self.estimator), inputs, splits, class_weights(getattr(model, "class_weight", None), inputs.y, splits)
+            transformers_of(self.estimator),
+            inputs,
+            splits,
+            class_weights(getattr(model, "class_weight", None), inputs.y, splits),
         )
         self.n_splits_, self.scoring_, self._scoring = len(splits), scoring.name, scoring
         self._grouping = grouping(self.penalties, self.feature_groups, rows.names, rows.features, inputs.names)

@@ -20,7 +20,8 @@ from bilevel.response import ProblemResponse
 from bilevel.solution import Record, Solution
 from bilevel.vector import Vector, detach
 
-FLAT = 1e-3  # times `tol`: a step that lowers the outer loss, nats a row, by less is the last
+RISES = 3  # strengths in a row that are worse than the best: the end of what is tried before the run
+FLAT = 1e-2  # times `tol`: a step that lowers the outer loss, nats a row, by less is the last
 
 Floats = NDArray[np.float64]
 
@@ -102,7 +103,7 @@ class Watched:
 
 
 def run(problem: BilevelProblem, method: Any, options: Options) -> Solution:
-    """Tune, until the gradient is small or a step gains next to nothing: at the kinks of a lasso no gradient is small."""
+    """Tune, until the gradient is small or a step gains next to nothing: at a kink of a lasso no gradient is small."""
     last, flat = [math.inf], False
 
     def stop(record: Record) -> None:
@@ -127,13 +128,22 @@ def run(problem: BilevelProblem, method: Any, options: Options) -> Solution:
     return replace(solution, status=f"converged: the last step lowered the outer loss by {last[-2] - last[-1]:.1e}")
 
 
-def try_each(problem: BilevelProblem, name: str, values: Sequence[float]) -> Any:
-    """Train at several values of one hyperparameter, each from the last solution; the watcher sees them."""
+def try_each(problem: BilevelProblem, name: str, values: Sequence[float], losses: Callable[[], list[float]]) -> None:
+    """Train at several values of one hyperparameter, each from the last solution, until the losses only rise.
+
+    Args:
+        problem: its inner solver is watched.
+        name: of the hyperparameter.
+        values: in order.
+        losses: returns the outer losses so far.
+    """
     lower, upper = problem.params.start, dict(problem.hparams.layout.start)
     for value in values:
         upper[name] = upper[name] * 0.0 + value
         lower = ProblemResponse(problem).solve_inner(lower, upper).value
-    return lower
+        seen = losses()
+        if len(seen) - int(np.argmin(seen)) > RISES:
+            return
 
 
 def prior(own: Tensor, spread: float, rows: int) -> Tensor:
