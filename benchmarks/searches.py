@@ -60,7 +60,7 @@ def contenders(estimator: Any, folds: Any, seed: int) -> dict[str, Any]:
     steps = [StandardScaler()] if classes else [StandardScaler(), PolynomialFeatures(2), StandardScaler()]
     pipeline, scoring = make_pipeline(*steps, estimator), "neg_log_loss" if classes else "neg_mean_squared_error"
     name = f"{type(estimator).__name__.lower()}__{'C' if classes else 'alpha'}"
-    low, high = (1e-4, 1e4) if classes else (1e-3, 1e3)
+    low, high = (1e-4, 1e4) if classes else (3e-2, 1e2) if isinstance(estimator, Lasso) else (1e-3, 1e3)
     grid, given = np.geomspace(low, high, TRIALS), {"cv": folds, "scoring": scoring}
     own = {
         "LogisticRegression": lambda: LogisticRegressionCV(
