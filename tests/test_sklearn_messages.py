@@ -11,7 +11,15 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import WhiteKernel
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import HuberRegressor, Lasso, LogisticRegression, Ridge, RidgeClassifier, SGDClassifier
+from sklearn.linear_model import (
+    HuberRegressor,
+    Lasso,
+    LogisticRegression,
+    PoissonRegressor,
+    Ridge,
+    RidgeClassifier,
+    SGDClassifier,
+)
 from sklearn.metrics import make_scorer, median_absolute_error
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -58,6 +66,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "several targets": (Ridge(), {}, np.stack([Y, Y], 1), "1d array"),
     "one class": (LogisticRegression(), {}, np.zeros(30), "one class only"),
     "NaN in y": (HuberRegressor(), {}, np.where(Y > 1.0, np.nan, Y), "NaN"),
+    "negative counts": (PoissonRegressor(), {}, Y, r"y >= 0; for other numbers write Ridge\(\)"),
     "kernel": (KernelRidge(kernel="sigmoid"), {}, Y, "write kernel= one of 'linear', 'rbf'"),
     "fixed": (GaussianProcessRegressor(WhiteKernel(1.0, "fixed")), {}, Y, "no hyperparameter that is free"),
     "process in groups": (GaussianProcessRegressor(), {"penalties": "per-group"}, Y, 'write "per-feature"'),

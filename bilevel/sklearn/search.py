@@ -163,6 +163,11 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         wanted, found = targets(inputs.y, classes)
         name = type(last).__name__
         model = LINEAR[type(last)](last, 0 if found is None else len(found)) if type(last) in LINEAR else None
+        if name == "PoissonRegressor" and inputs.y.min() < 0.0:
+            raise InvalidValueError(
+                f"y goes down to {inputs.y.min():g}, and PoissonRegressor predicts counts or rates, y >= 0; for other "
+                "numbers write Ridge()"
+            )
         if model is not None:
             known = model.scorings
         elif isinstance(last, KernelRidge):
