@@ -9,7 +9,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.datasets import make_classification, make_regression
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
-from sklearn.metrics import get_scorer
+from sklearn.metrics import get_scorer, log_loss
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -32,6 +32,7 @@ CASES = {
     "logistic": (LogisticRegression(**EXACT), XC, YC, "neg_log_loss"),
     "softmax": (LogisticRegression(**EXACT), X3, Y3, "neg_log_loss"),
     "balanced": (LogisticRegression(class_weight="balanced", **EXACT), XC, YC, "neg_brier_score"),
+    "softmax, Brier": (LogisticRegression(**EXACT), X3, Y3, "neg_brier_score"),
     "liblinear": (LogisticRegression(solver="liblinear", **EXACT), XC, YC, "neg_log_loss"),
     "poisson": (PoissonRegressor(**EXACT), XC, COUNTS, "neg_mean_poisson_deviance"),
     "svr": (
@@ -128,6 +129,31 @@ def test_a_linear_svc_is_tuned_for_its_squared_hinge() -> None:
     assert -search.best_score_ == pytest.approx(np.mean(losses), rel=1e-5)
     assert search.scoring_ == "neg_squared_hinge"
     assert search.score(XC, YC) == get_scorer("accuracy")(search, XC, YC)
+
+
+def hinge_of(model: Any, x: Any, y: Any, weights: Any) -> float:
+    scores, signs = model.decision_function(x), 2.0 * (y[:, None] == model.classes_) - 1.0
+    return -float(np.average((np.maximum(0.0, 1.0 - signs * scores) ** 2).sum(1), weights=weights))
+
+
+def log_loss_of(model: Any, x: Any, y: Any, weights: Any) -> float:
+    return -float(log_loss(y, model.predict_proba(x), sample_weight=weights))
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS * (np.arange(90) % 7 > 0)])
+def test_balanced_classes_are_scikit_learn_s(weights: Any) -> None:
+    # LinearSVC weighs a class in its own model only; the weights of rows count for what is balanced.
+    uneven = np.where(Y3 == 2, 2, np.where(X3[:, 0] > 0.0, 1, 0))
+    for model in (LinearSVC(class_weight="balanced", **EXACT), LogisticRegression(class_weight="balanced", **EXACT)):
+        search = GradientSearchCV(model, cv=FOLDS).fit(X3, uneven, sample_weight=weights)
+        for k, (train, held) in enumerate(FOLDS.split(X3)):
+            own = {} if weights is None else {"sample_weight": weights[train]}
+            fitted = clone(model).set_params(**search.best_params_).fit(X3[train], uneven[train], **own)
+            there = None if weights is None else weights[held]
+            scorer = hinge_of if isinstance(model, LinearSVC) else log_loss_of
+            expected = scorer(fitted, X3[held], uneven[held], there)
+            found = search.cv_results_[f"split{k}_test_score"][search.best_index_]
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_transformers_see_the_training_rows_of_a_fold_only() -> None:

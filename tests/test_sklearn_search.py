@@ -19,6 +19,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from bilevel.sklearn import GradientSearchCV
+from bilevel.sklearn.inputs import read
 
 RNG = np.random.default_rng(0)
 FRAME = pd.DataFrame(
@@ -142,3 +143,18 @@ def test_importing_bilevel_imports_no_scikit_learn() -> None:
     program = "import sys, bilevel; assert 'sklearn' not in sys.modules"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_groups_are_held_out_whole_and_an_earlier_fit_leaves_nothing() -> None:
+    # Four near copies of each of 20 rows, and targets of pure noise: copies on both sides would be predicted.
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(20), 4)
+    x, y = rng.normal(size=(20, 15))[groups] + 0.01 * rng.normal(size=(80, 15)), rng.normal(size=20)[groups]
+    search = GradientSearchCV(Ridge(), cv=GroupKFold(4), holdout=0.25, random_state=0)
+    inputs = read(search, x, y, None, groups, False)
+    kept = search._split(inputs, False)
+    assert len(kept) == 60 and not set(groups[kept]) & set(np.delete(groups, kept))
+    assert "held out" in search.fit(x, y, groups=groups).summary()
+    search.set_params(holdout=None, refit=False).fit(x, y, groups=groups)
+    assert not any(hasattr(search, name) for name in ("holdout_score_", "gap_", "best_estimator_"))
+    assert "held out" not in search.summary()

@@ -100,12 +100,14 @@ class Folds:
         rows: features, see `Design`; `(n, d)` each.
         names: d of them; None where the transformers give none.
         training: weight of each row in the training of each fold, `(folds, n)`.
+        unbalanced: the same without the weights of classes.
         validation: the same for validation; each fold's sum is one.
     """
 
     rows: list[Any]
     names: list[str] | None
     training: Tensor
+    unbalanced: Tensor
     validation: Tensor
 
     @property
@@ -140,10 +142,9 @@ def fold(
                 f"{'train' if validation[i].sum() > 0.0 else 'validate'} on; give fewer folds or more rows"
             )
         validation[i] /= validation[i].sum()
-        if class_weights is not None:
-            training[i] *= class_weights[i]
     rows, names = _transformed(transformers, inputs, splits)
-    return Folds(rows, names, torch.from_numpy(training), torch.from_numpy(validation))
+    weighted = training if class_weights is None else training * np.stack(class_weights)
+    return Folds(rows, names, *map(torch.from_numpy, (weighted, training, validation)))
 
 
 def _transformed(

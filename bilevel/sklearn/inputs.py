@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +108,11 @@ def targets(y: Any, classes: bool, known: Any = None) -> tuple[Tensor, Any]:
     return torch.from_numpy((codes == np.arange(len(found))[:, None]).astype(np.float64)), found
 
 
-def class_weights(class_weight: Any, y: Any, splits: Any) -> list[Floats] | None:
-    """Return the weight of each row in the training of each fold, `(n,)` each; None where classes weigh the same."""
+def class_weights(class_weight: Any, y: Any, splits: Any, sample_weight: Any = None) -> list[Floats] | None:
+    """Return the weight of each row in the training of each fold, `(n,)` each; None where classes weigh the same.
+
+    "balanced" counts rows by their `sample_weight` where the installed scikit-learn does.
+    """
     if class_weight is None:
         return None
     found = np.unique(y)
@@ -118,7 +122,12 @@ def class_weights(class_weight: Any, y: Any, splits: Any) -> list[Floats] | None
         raise InvalidTypeError(f'`class_weight` is {class_weight!r}, expected a dict, "balanced" or None')
     each = []
     for train, _ in splits:
+        given: dict[str, Any] = {}
+        if sample_weight is not None:
+            train = train[sample_weight[train] > 0.0]
+            if "sample_weight" in inspect.signature(compute_class_weight).parameters:
+                given = {"sample_weight": sample_weight[train]}
         there = np.unique(y[train])
-        weights = dict(zip(there, compute_class_weight(class_weight, classes=there, y=y[train]), strict=True))
+        weights = dict(zip(there, compute_class_weight(class_weight, classes=there, y=y[train], **given), strict=True))
         each.append(np.array([weights.get(c, 1.0) for c in y]))
     return each

@@ -112,6 +112,9 @@ class LinearSearch:
         self.start = start
         self.design = Design(folds.rows, None if model.intercept == "none" else model.scaling)
         self.training = folds.training[:, None]
+        if model.class_weight is not None and not model.coupled and len(targets) > 1:
+            # One against the rest in liblinear: a class has its weight in its own model, the rest has none.
+            self.training = torch.where(targets.bool(), self.training, folds.unbalanced[:, None])
         self.total = float(folds.training.sum())
         self.factor = folds.training.sum(1)[:, None, None] if model.mean else torch.ones(1, 1, 1, dtype=torch.float64)
         self.size = float(targets.std()) or 1.0  # of residuals, to begin with

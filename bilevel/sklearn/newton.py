@@ -39,7 +39,7 @@ class BlockNewton:
     Args:
         design: what makes scores of weights.
         losses: scores `(folds, models, n)` to losses; `(folds, 1, n)` where the models of a fold are coupled.
-        weights: of the training rows, `(folds, 1, n)`.
+        weights: of the training rows, `(folds, 1, n)`, or `(folds, models, n)`.
         ridge: hyperparameters to the strengths, which broadcast to `(folds, models, p)`: 1/2 ridge w^2 is added.
         coupled: the models of a fold have one Hessian together (softmax).
         shift: half of this times the square of the sum of a fold's intercepts is added.

@@ -53,7 +53,7 @@ def log_losses(scores: Tensor, y: Tensor) -> Tensor:
 def _brier(scores: Tensor, y: Tensor) -> Tensor:
     if scores.shape[1] == 1:
         return ((torch.sigmoid(scores) - y) ** 2)[:, 0]
-    return ((torch.softmax(scores, 1) - y) ** 2).sum(1) / 2.0
+    return ((torch.softmax(scores, 1) - y) ** 2).sum(1)  # as scikit-learn, which halves it for two classes only
 
 
 def squared(scores: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, is_classifier
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import get_scorer, get_scorer_names
-from sklearn.model_selection import check_cv, train_test_split
+from sklearn.model_selection import GroupShuffleSplit, check_cv, train_test_split
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing
 from sklearn.utils.validation import check_is_fitted
@@ -46,7 +46,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         scoring: a differentiable one by its name; None: the negative log-likelihood that fits the estimator.
         refit: fit `best_estimator_` on all rows in the end.
         holdout: part of the rows that is set aside before anything is tuned, and scored in the end: `holdout_score_`,
-            and `gap_`, by how much the validation score was too good; `best_estimator_` sees all rows. None: none.
+            and `gap_`, by how much the validation score was too good; with `groups`, whole groups are. `best_estimator_`
+            sees all rows. None: none.
         max_steps: most outer steps.
         tol: stop where the gradient is this part of that at the start.
         random_state: of the rows of `holdout`.
@@ -109,6 +110,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
             sample_weight: `(n,)`, of the rows in training, validation and the final fit; transformers get none.
             groups: `(n,)`, for splitters that keep groups of rows together (GroupKFold).
         """
+        for name in ("best_estimator_", "refit_time_", "holdout_score_", "gap_"):  # of an earlier fit
+            self.__dict__.pop(name, None)
         last, options = self._last(), self._options()
         classes = is_classifier(last)
         inputs = read(self, X, y, sample_weight, groups, classes)
@@ -180,7 +183,7 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
             transformers_of(self.estimator),
             inputs,
             splits,
-            class_weights(getattr(model, "class_weight", None), inputs.y, splits),
+            class_weights(getattr(model, "class_weight", None), inputs.y, splits, inputs.weights),
         )
         self.n_splits_, self.scoring_, self._scoring = len(splits), scoring.name, scoring
         self._grouping = grouping(self.penalties, self.feature_groups, rows.names, rows.features, inputs.names)
@@ -227,7 +230,11 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         return final.fit(_safe_indexing(X, rows), inputs.y[rows], **weights)
 
     def _split(self, inputs: Inputs, classes: bool) -> Any:
-        """Return the rows to tune on."""
+        """Return the rows to tune on; with groups, whole groups."""
+        if inputs.groups is not None:
+            splitter = GroupShuffleSplit(1, test_size=self.holdout, random_state=self.random_state)
+            kept, _ = next(splitter.split(inputs.y, inputs.y, inputs.groups))
+            return np.sort(kept)
         rows, strata = np.arange(len(inputs.y)), inputs.y if classes else None
         kept, _ = train_test_split(rows, test_size=self.holdout, stratify=strata, random_state=self.random_state)
         return kept
