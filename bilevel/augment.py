@@ -30,7 +30,13 @@ def noise(x: Tensor, std: Magnitude) -> Tensor:
         x: any shape.
         std: a number, or a Tensor that broadcasts to x (one for each feature).
     """
-    return x + std * torch.randn_like(x)
+    noisy = x + std * torch.randn_like(x)
+    if noisy.shape != x.shape:
+        raise InvalidValueError(
+            f"augment.noise: `std` has shape {tuple(torch.as_tensor(std).shape)}, expected a number or a shape that "
+            f"broadcasts to that of `x`, {tuple(x.shape)}"
+        )
+    return noisy
 
 
 def brightness(x: Tensor, magnitude: Magnitude) -> Tensor:
@@ -41,7 +47,7 @@ def brightness(x: Tensor, magnitude: Magnitude) -> Tensor:
         magnitude: the most that is added or taken away, >= 0.
     """
     _check(x, "brightness")
-    return x + magnitude * _uniform(x)[:, None, None, None]
+    return x + _drawn(x, magnitude)
 
 
 def contrast(x: Tensor, magnitude: Magnitude) -> Tensor:
@@ -53,7 +59,7 @@ def contrast(x: Tensor, magnitude: Magnitude) -> Tensor:
     """
     _check(x, "contrast")
     mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (1 + magnitude * _uniform(x)[:, None, None, None]) * (x - mean)
+    return mean + (1 + _drawn(x, magnitude)) * (x - mean)
 
 
 def affine(
@@ -95,6 +101,14 @@ def affine(
 
 def _uniform(x: Tensor) -> Tensor:
     return 2 * torch.rand(len(x), dtype=x.dtype, device=x.device) - 1
+
+
+def _drawn(x: Tensor, magnitude: Magnitude) -> Tensor:
+    """Return magnitude · u of each image; a Tensor `(n)` holds a magnitude for each, as in `affine`."""
+    u = _uniform(x)[:, None, None, None]
+    if isinstance(magnitude, Tensor) and magnitude.dim() == 1:
+        return magnitude[:, None, None, None] * u
+    return magnitude * u
 
 
 def _check(x: Tensor, name: str) -> None:

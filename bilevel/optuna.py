@@ -45,12 +45,7 @@ class Pruning:
             raise InvalidTypeError(
                 f"`trial` is a {type(self.trial).__name__}, expected the trial of an Optuna objective"
             )
-        directions = [direction.name for direction in getattr(getattr(self.trial, "study", None), "directions", [])]
-        if directions and directions != ["MINIMIZE"]:
-            raise InvalidValueError(
-                f"the study has directions {directions}, and losses are minimized; write "
-                'optuna.create_study(direction="minimize")'
-            )
+        _check_directions(self.trial)
 
     def __call__(self, record: Record) -> None:
         """Report a step.
@@ -95,6 +90,7 @@ def objective(
         )
 
     def run(trial: Trial) -> float:
+        _check_directions(trial)
         problem = build(trial)
         if not isinstance(problem, BilevelProblem):
             raise InvalidTypeError(f"`build` returned a {type(problem).__name__}, expected a BilevelProblem")
@@ -144,7 +140,7 @@ def typed(space: Mapping[str, Any] | FrozenTrial, start: Mapping[str, float] | N
 
     Args:
         space: distributions by name, or a trial (`study.best_trial`): its distributions, begun at its values.
-        start: where to begin, by name.
+        start: where to begin, by name; it counts before the values of a trial.
 
     Raises:
         InvalidValueError: for distributions without a gradient (integers, categories, steps); all are named.
@@ -160,7 +156,7 @@ def typed(space: Mapping[str, Any] | FrozenTrial, start: Mapping[str, float] | N
             f"`space` is a {type(space).__name__}, expected a dict of names to Optuna distributions, or a trial, such "
             "as study.best_trial"
         )
-    start = begun if start is None else start
+    start = {**begun, **(start or {})}
     unknown = [name for name in start if name not in distributions]
     if unknown:
         raise InvalidValueError(
@@ -214,6 +210,15 @@ def _of(record: Record, value: str) -> float:
             '`value` is "test_loss", and the problem has no third split; write BilevelProblem(..., test_data=...)'
         )
     return float(found)
+
+
+def _check_directions(trial: Any) -> None:
+    directions = [direction.name for direction in getattr(getattr(trial, "study", None), "directions", [])]
+    if directions and directions != ["MINIMIZE"]:
+        raise InvalidValueError(
+            f"the study has directions {directions}, and losses are minimized; write "
+            'optuna.create_study(direction="minimize")'
+        )
 
 
 def _check_value(value: Any) -> None:

@@ -102,7 +102,14 @@ def log_normal(strengths: Any, median: float | Tensor, spread: float | Tensor) -
         if not isinstance(value, Tensor) and not 0.0 < value < math.inf:
             raise InvalidValueError(f"priors.log_normal: `{name}` is {value}, expected a finite number > 0")
     m, s = (torch.as_tensor(value).to(leaves[0]) for value in (median, spread))
-    return torch.stack([(((t / m).log() / s).square() / 2 + s.log() + HALF_LOG_2PI).sum() for t in leaves]).sum()
+    terms = []
+    for t in leaves:
+        own = [
+            fitting(value, tuple(t.shape), f"priors.log_normal: `{name}`", "one of `strengths`")
+            for name, value in (("median", m), ("spread", s))
+        ]
+        terms.append((((t / own[0]).log() / own[1]).square() / 2 + own[1].log() + HALF_LOG_2PI).expand(t.shape).sum())
+    return torch.stack(terms).sum()
 
 
 def means(module: nn.Module | Selection, *, on: str | Sequence[str] | None = None) -> dict[str, Hyperparameter]:

@@ -42,6 +42,7 @@ def dropout(x: Tensor, rate: float | Tensor, *, temperature: float = 0.1, shared
     if not temperature > 0.0:
         raise InvalidValueError(f"relaxed.dropout: `temperature` is {temperature}, expected a number > 0")
     p = torch.as_tensor(rate).to(x)
+    _within(p, x.shape, "relaxed.dropout: `rate`", "x")
     shape = (*x.shape[: x.dim() - shared], *[1] * shared)
     u = torch.rand(shape, dtype=x.dtype, device=x.device).clamp(torch.finfo(x.dtype).eps, 1 - torch.finfo(x.dtype).eps)
     z = torch.sigmoid((torch.logit(p) + torch.logit(u)) / temperature)
@@ -144,6 +145,16 @@ def _replace(layer: Any, rate: Any, temperature: float) -> None:
     layer.__dict__["forward"] = forward
 
 
+def _within(value: Tensor, shape: torch.Size, what: str, other: str) -> None:
+    """Raise for a Tensor that would not broadcast to a shape, but blow up the other one or fail."""
+    ends = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.dim() > len(shape) or any(n not in (1, m) for n, m in ends):
+        raise InvalidValueError(
+            f"{what} has shape {tuple(value.shape)}, expected a number or a shape that broadcasts to {tuple(shape)}, "
+            f"that of `{other}`"
+        )
+
+
 def cross_entropy(
     logits: Tensor, labels: Tensor, smoothing: float | Tensor, *, reduction: str = "mean", ignore_index: int = -100
 ) -> Tensor:
@@ -166,6 +177,8 @@ def cross_entropy(
         raise InvalidTypeError(
             "relaxed.cross_entropy: `labels` are floating-point, expected whole numbers, a class each"
         )
+    if isinstance(smoothing, Tensor):
+        _within(smoothing, labels.shape, "relaxed.cross_entropy: `smoothing`", "labels")
     counts = labels != ignore_index
     logs = F.log_softmax(logits, dim=1)
     taken = logs.gather(1, labels.where(counts, 0).unsqueeze(1)).squeeze(1)

@@ -92,7 +92,7 @@ def _paired(losses: Any, values: Any, name: str, what: str) -> tuple[Tensor, Ten
     found, given = _stacked(losses, "losses", what), _stacked(values, name, what)
     if found.shape != given.shape or not found.numel():
         raise InvalidValueError(f"{what}: {given.numel()} {name} for {found.numel()} losses, expected one for each")
-    return found, given.to(found)
+    return (found, given.to(found)) if found.is_floating_point() else (found.to(given), given)
 
 
 def _stacked(values: Any, name: str, what: str) -> Tensor:

@@ -110,3 +110,15 @@ def test_magnitudes_are_tuned(kind: str) -> None:
 def test_messages(call: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["brightness", "contrast"])
+def test_a_magnitude_for_each_image(kind: str) -> None:
+    images = torch.randn(3, 2, 4, 3)  # as many columns as images
+    moved = KINDS[kind](images, torch.tensor([0.0, 1.0, 0.0]))
+    assert [torch.allclose(a, b) for a, b in zip(moved, images, strict=True)] == [True, False, True]
+
+
+def test_noise_of_a_shape_that_is_not_that_of_the_data_is_refused() -> None:
+    with pytest.raises(bilevel.BilevelError, match=r"std.*\(3,\).*\(3, 1\)"):
+        augment.noise(torch.zeros(3, 1), torch.ones(3))

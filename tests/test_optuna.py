@@ -163,3 +163,16 @@ def test_a_missing_optuna_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(bilevel.BilevelError, match=r'pip install "bilevel\[optuna\]"'):
         bilevel.optuna.objective(polynomial)
+
+
+def test_a_study_that_maximizes_is_refused_without_pruning_too() -> None:
+    study = optuna.create_study(direction="maximize")
+    with pytest.raises(bilevel.BilevelError, match="minimize"):
+        study.optimize(bilevel.optuna.objective(polynomial, steps=1, prune=False), n_trials=1)
+
+
+def test_a_start_of_some_leaves_the_others_at_the_values_of_the_trial() -> None:
+    space = {name: FloatDistribution(1e-3, 1.0, log=True) for name in ("a", "b")}
+    trial = optuna.trial.create_trial(params={"a": 0.1, "b": 0.2}, distributions=space, value=1.0)
+    begun = bilevel.optuna.typed(trial, start={"a": 0.5}).hparams
+    assert [float(begun[name].value) for name in ("a", "b")] == pytest.approx([0.5, 0.2])

@@ -114,3 +114,11 @@ def test_log_normal_is_the_density_of_the_logarithm() -> None:
 def test_messages(call: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         call(network())
+
+
+def test_a_median_counts_each_strength_once() -> None:
+    strengths = torch.ones(2, 1)
+    with pytest.raises(bilevel.BilevelError, match=r"median.*\(2,\).*\(2, 1\)"):
+        priors.log_normal(strengths, torch.tensor([1.0, 2.0]), 1.0)  # would be four terms
+    each = priors.log_normal(torch.ones(2), 1.0, torch.tensor([1.0, 2.0]))
+    assert float(each) == pytest.approx(math.log(2.0 * math.pi) + math.log(2.0))

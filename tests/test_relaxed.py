@@ -151,3 +151,11 @@ def test_smoothing_has_a_derivative() -> None:
 def test_messages(call: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         call(network())
+
+
+def test_a_column_of_rates_or_smoothings_is_refused_and_not_spread_over_all() -> None:
+    logits, labels, column = torch.randn(3, 2), torch.tensor([0, 1, 1]), torch.full((3, 1), 0.1)
+    with pytest.raises(bilevel.BilevelError, match=r"smoothing.*\(3, 1\).*\(3,\)"):
+        relaxed.cross_entropy(logits, labels, column)
+    with pytest.raises(bilevel.BilevelError, match=r"rate.*\(3, 1\).*\(3,\)"):
+        relaxed.dropout(torch.ones(3), column)

@@ -77,3 +77,7 @@ def test_weights_of_examples(normalize: bool) -> None:
 def test_messages(call: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         call()
+
+
+def test_losses_that_are_whole_numbers_do_not_round_their_weights() -> None:
+    assert weighting.tasks(torch.tensor([1, 2]), torch.tensor([0.5, 0.25])) == 1.0

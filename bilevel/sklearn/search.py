@@ -46,8 +46,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
         scoring: a differentiable one by its name; None: the negative log-likelihood that fits the estimator.
         refit: fit `best_estimator_` on all rows in the end.
         holdout: part of the rows that is set aside before anything is tuned, and scored in the end: `holdout_score_`,
-            and `gap_`, by how much the validation score was too good; with `groups`, whole groups are. `best_estimator_`
-            sees all rows. None: none.
+            and `gap_`, by how much the validation score was too good; with `groups` of `fit`, whole groups of them.
+            `best_estimator_` sees all rows. None: none.
         max_steps: most outer steps.
         tol: stop where the gradient is this part of that at the start.
         random_state: of the rows of `holdout`.
