@@ -169,7 +169,7 @@ def test_an_indefinite_system_is_named_by_cg_and_solved_by_the_others() -> None:
     _, gmres = run(GMRES(rtol=RTOL), "indefinite")
     assert (gmres.status, gmres.relative <= RTOL) == ("converged", True)
     _, neumann = run(SOLVERS["neumann"], "indefinite")
-    assert neumann.status == "diverged"
+    assert neumann.status == "indefinite"
     assert neumann.relative < 1.0, "the best iterate before the growth is returned"
     assert neumann.curvature is not None and neumann.curvature < 0.0
     assert {cg.status, neumann.status} <= set(FATAL)

@@ -15,7 +15,9 @@ from bilevel.errors import InvalidValueError
 from bilevel.operators import LinearOperator
 from bilevel.vector import Vector, flatten, unflatten
 
-Status = Literal["converged", "max_steps", "stagnated", "nonpositive curvature", "singular", "diverged", "low rank"]
+Status = Literal[
+    "converged", "max_steps", "stagnated", "nonpositive curvature", "singular", "diverged", "indefinite", "low rank"
+]
 
 # What each status means for the reader of a certificate, with the cure.
 EXPLANATIONS: dict[Status, str] = {
@@ -30,13 +32,16 @@ EXPLANATIONS: dict[Status, str] = {
     "to the inner loss",
     "diverged": "the series grew instead of shrinking: its step size is above 2 / (largest eigenvalue); leave "
     "`step_size` to the solver, which measures it",
+    "indefinite": "the series grew along a direction of negative curvature of the inner Hessian, as networks have "
+    'early in training: train further before the first hypergradient, regularize, or use method="one-step", which '
+    "takes no series",
     "low rank": "the inverse is of low rank by design; raise the `rank` of bilevel.Nystrom, or take it as a "
     "preconditioner: bilevel.CG(preconditioner=bilevel.Nystrom(...))",
 }
 
 
 # A solution that ends like this is wrong whatever its residual says.
-FATAL: tuple[Status, ...] = ("nonpositive curvature", "singular", "diverged")
+FATAL: tuple[Status, ...] = ("nonpositive curvature", "singular", "diverged", "indefinite")
 
 LOOSEST = 1e-3  # of default tolerances, however much slack there is
 

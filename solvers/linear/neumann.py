@@ -89,9 +89,10 @@ class Neumann:
             if size < best:
                 best_x, best = x, size
             if not size <= GROWTH * first:
-                status = "diverged"
+                # The last residual lies along the end of the spectrum that grew.
+                status = "diverged" if curvature > 0.0 else "indefinite"
             elif steps == self.max_steps and best > threshold:
-                status = "max_steps"
+                status = "indefinite" if size > first and curvature < 0.0 else "max_steps"
         return finished(operator, rhs, best_x, status, steps, low)
 
     def _scaling(self, operator: LinearOperator) -> float:
