@@ -49,6 +49,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "scorer": (Ridge(), {"scoring": make_scorer(median_absolute_error)}, Y, "has no derivative here"),
     "several": (Ridge(), {"scoring": ["r2", "neg_mean_squared_error"]}, Y, "one loss to follow"),
     "penalties": (Ridge(), {"penalties": "per-features"}, Y, 'did you mean "per-feature"'),
+    "grid": (Ridge(), {"penalties": {"alpha": [0.1, 1.0]}}, Y, "is a dict.*there is no grid to give"),
     "groups unused": (Ridge(), {"feature_groups": {"a": [0]}}, Y, 'write penalties="per-group"'),
     "column": (Ridge(), {"penalties": "per-group", "feature_groups": {"a": ["weigt"]}}, Y, 'did you mean "weight"'),
     "index": (Ridge(), {"penalties": "per-group", "feature_groups": {"a": [3]}}, Y, "there are 3: 0 to 2"),

@@ -53,6 +53,11 @@ def grouping(
         count: how many those are.
         sources: names of the columns of the input.
     """
+    if isinstance(penalties, (dict, list)):
+        raise InvalidTypeError(
+            f"`penalties` is a {type(penalties).__name__}, expected {', '.join(map(repr, PENALTIES))}; there is no "
+            "grid to give: GradientSearchCV(estimator) finds the strength from the gradient"
+        )
     if penalties not in PENALTIES:
         raise InvalidValueError(
             f"`penalties` is {penalties!r}, expected {', '.join(map(repr, PENALTIES))}" + meant(penalties, PENALTIES)
