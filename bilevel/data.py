@@ -58,11 +58,17 @@ class Batches:
         _refuse_list_of_batches(data, role)
         if isinstance(data, (Tensor, Design, dict, list, tuple)) or is_sparse(data):
             self._batch = self._to_device(data, strict=True)
-        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, type)) and not _is_array(data):
+        elif (
+            isinstance(data, Iterable)
+            and not isinstance(data, (str, bytes, type))
+            and not (_is_array(data) or _is_frame(data))
+        ):
             self._stream = data
         elif self.given:
             kind = f"the class {data.__name__}" if isinstance(data, type) else f"a {type(data).__name__}"
             instead = "; write torch.from_numpy(array)" if _is_array(data) else ""
+            if _is_frame(data):
+                instead = "; write torch.tensor(frame.to_numpy())"
             raise InvalidTypeError(
                 f"`{role}` is {kind}, expected None, one batch (Tensors or SciPy sparse matrices, also in a "
                 f"dict/list/tuple), a Dataset, a DataLoader or an iterable of batches{instead}"
@@ -313,6 +319,11 @@ def _refuse_list_of_batches(data: Any, role: str) -> None:
             f"`{role}` is a list of {len(data)} batches, and a list is read as one batch; write a DataLoader (for one "
             "pass in this order: DataLoader(your_list, batch_size=None)), or a tuple around them if they are one batch"
         )
+
+
+def _is_frame(data: Any) -> bool:
+    """Say whether this is a table or a column, which would be iterated over column by column, number by number."""
+    return type(data).__module__.split(".")[0] in ("pandas", "polars")
 
 
 def _is_array(data: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +107,8 @@ def test_strings_in_the_batches_of_a_stream_are_left_alone() -> None:
         (iter([X]), r"`inner_data` has no batch left.*DataLoader"),
         (DataLoader(TensorDataset(X[:0])), r"`inner_data`.*(no batch|empty)"),
         (X.numpy(), r"`inner_data` is a ndarray.*torch.from_numpy"),
+        (pd.DataFrame({"x": [1.0, 2.0]}), r"`inner_data` is a DataFrame.*torch.tensor\(frame.to_numpy\(\)\)"),
+        (pd.Series([1.0, 2.0]), r"`inner_data` is a Series.*to_numpy"),
         ([X.numpy()], r"`inner_data` holds a ndarray.*torch.from_numpy"),
         ((X, None), r"`inner_data` holds a NoneType"),
         ((X, [1.0, 2.0]), r"`inner_data` holds a float"),
