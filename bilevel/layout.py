@@ -131,7 +131,14 @@ def checked_start(tensors: Vector, variables: Variables) -> Vector:
         label = variables.label(name)
         if not tensor.is_floating_point():
             instead = "torch.view_as_real(tensor)" if tensor.is_complex() else ".float() or .double()"
-            raise InvalidTypeError(f"{label} is {tensor.dtype}, expected a real floating-point dtype; write {instead}")
+            discrete = (
+                "; a choice among whole numbers has no gradient: search it around this, by Optuna for instance"
+                if variables.role == "hparams" and not tensor.is_complex()
+                else ""
+            )
+            raise InvalidTypeError(
+                f"{label} is {tensor.dtype}, expected a real floating-point dtype; write {instead}{discrete}"
+            )
         if tensor.layout != torch.strided:
             raise InvalidTypeError(f"{label} is a {tensor.layout} tensor; write .to_dense()")
         if tensor.is_meta:

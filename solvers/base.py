@@ -179,7 +179,7 @@ def outer_gradient(response: Response, lower: Vector, upper: Vector) -> OuterGra
     if not loss.requires_grad:
         raise InvalidTypeError(
             "`outer_loss` returned a tensor that depends on neither params nor hparams; "
-            "do not detach them or leave torch.no_grad() around it"
+            "do not detach them or leave torch.no_grad() around it; accuracies, as every comparison, have no gradient"
         )
     with response.at(w, h):
         grads = torch.autograd.grad(loss, [*w.values(), *h.values()], allow_unused=True)

@@ -65,7 +65,7 @@ def test_params(params: Any, message: str) -> None:
         ({"on": True}, r"`hparams` at 'on' is a bool"),
         (np.ones(2), r"`hparams` is a ndarray"),
         ([], r"`hparams` holds no number"),
-        (torch.ones((), dtype=torch.int64), r"hparams is torch.int64"),
+        (torch.ones((), dtype=torch.int64), r"hparams is torch.int64.*a choice among whole numbers has no gradient"),
         (torch.ones(()), r"hparams is torch.float32 but `params` are torch.float64.*\.to\(torch.float64\)"),
         (torch.ones((), dtype=torch.float64, device="meta"), r"hparams.*meta"),
         (bilevel.positive(torch.ones(2)), r"hparams is torch.float32"),
@@ -143,6 +143,13 @@ def test_a_loss_under_no_grad() -> None:
         lambda: bilevel.hypergradient(problem(inner_loss=torch.no_grad()(inner))), r"`inner_loss`.*depend on params"
     )
     refused(lambda: bilevel.hypergradient(problem(outer_loss=torch.no_grad()(outer))), r"`outer_loss`.*no_grad")
+
+
+def test_an_outer_loss_without_a_gradient() -> None:
+    refused(
+        lambda: bilevel.hypergradient(problem(outer_loss=lambda w, h: (w > 0.5).double().mean())),
+        r"`outer_loss`.*accuracies, as every comparison, have no gradient",
+    )
 
 
 def test_a_call_under_no_grad_or_inference_mode_works_or_says_so() -> None:
