@@ -22,6 +22,12 @@ ROOMS = ("callbacks", "inner", "prox", "sklearn")  # packages whose names are pu
 LONGEST = 200  # characters of what others print of themselves
 
 
+def script_name() -> str:
+    """Return the name of the program that runs, "" where it has none: `python -`, `python -c`, an interactive one."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return "" if name in ("-", "-c") else name
+
+
 def context(problem: BilevelProblem, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of a run before it begins.
 
@@ -47,7 +53,7 @@ def context(problem: BilevelProblem, arguments: Mapping[str, Any]) -> dict[str, 
         "hyperparameters": {name: repr(kinds.get(name, "real")) for name in problem.hparams.layout.start},
         # A member of a family has rows of its own, and the first dimension counts members.
         "samples": {name: None if problem.members else reader.rows() for name, reader in readers.items()},
-        "script": os.path.basename(sys.argv[0]) if sys.argv else "",
+        "script": script_name(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
             "bilevel": str(getattr(sys.modules.get("bilevel"), "__version__", "unknown")),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.callbacks import CSV, JSONLines
+from bilevel.context import script_name
 from bilevel.reporting.figures import plots
 from bilevel.reporting.runs import Seen, seen
 from bilevel.reporting.words import in_short, overfitted, warnings
@@ -112,6 +113,12 @@ def test_the_page_needs_no_network_and_says_all(run: tuple[bilevel.Solution, Pat
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
     assert data["losses"]["traces"][0]["y"] == [r.outer_loss for r in (solution.start, *solution.history)]
     assert [trace["name"] for trace in data["losses"]["traces"]] == ["validation", "training", "test"]
+
+
+def test_a_program_without_a_name_gives_no_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argument, name in (("-", ""), ("-c", ""), ("", ""), ("/home/me/tune.py", "tune.py")):
+        monkeypatch.setattr("sys.argv", [argument])
+        assert script_name() == name
 
 
 def test_plots_fit_the_number_of_hyperparameters(run: tuple[bilevel.Solution, Path]) -> None:
