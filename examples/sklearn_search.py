@@ -1,4 +1,7 @@
-"""Swap GridSearchCV for GradientSearchCV in an existing pipeline, then give every group of columns its own strength.
+"""Swap GridSearchCV for GradientSearchCV
+======================================
+
+In an existing pipeline; then give every group of columns its own strength.
 
 Sixty columns, of which three say something: one strength has to shrink all of them alike, and a grid over two strengths
 has 400 points. Two strengths by gradient take about as long as one, and twenty do too.

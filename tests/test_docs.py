@@ -41,3 +41,9 @@ def test_every_method_has_its_line_in_the_real_problem() -> None:
     results = (ROOT / "docs" / "choosing.md").read_text().split("python -m benchmarks.annotators")[1]
     missing = [name for name in METHODS if f"| `{name}` |" not in results]
     assert not missing, f"run `python -m benchmarks.annotators --methods {' '.join(missing)}` and add the lines"
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_a_title_in_the_gallery(example: Path) -> None:
+    title, line, gap = example.read_text().removeprefix('"""').split("\n")[:3]
+    assert set(line) == {"="} and len(line) >= len(title) and not gap, "a title, a line of = below it, an empty line"
