@@ -181,7 +181,8 @@ def _by_names(
             "of this problem; make it for the model that you gave"
         )
     tensors, own = chosen(held, tuple(names[id(p)] for p in held), on, what)
-    by_tensor = dict(zip(map(id, tensors), values_of(own, values, per, what), strict=True))
+    labels = per if isinstance(values, Mapping) else None  # one value for all has no labels
+    by_tensor = dict(zip(map(id, tensors), values_of(own, values, labels, what), strict=True))
     found: list[float | None] = []
     for i, group in enumerate(optimizer.param_groups):
         told = {names[id(p)][0]: by_tensor.get(id(p)) for p in group["params"]}

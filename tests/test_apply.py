@@ -196,3 +196,16 @@ def test_groups_of_another_model() -> None:
         penalties.groups(network(), torch.optim.SGD(network().parameters()))
     with pytest.raises(bilevel.InvalidTypeError, match=r"`optimizer` is a Sequential, expected a torch.optim one"):
         penalties.groups(network(), network())
+
+
+def test_one_number_goes_with_labels_of_another_setting() -> None:
+    net = network()
+    solution = solved(
+        net,
+        penalties.strengths(net, 0.01, PER, on="matrices"),
+        penalty=lambda m, h: penalties.l2(m, h, per=PER, on="matrices"),
+    )
+    groups = [{"params": [net[0].weight]}, {"params": [net[2].weight]}, {"params": [net[0].bias, net[2].bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.7)
+    solution.apply_(optimizer, weight_decay="decay", lr="lr", per=PER, on="matrices")
+    assert [g["lr"] for g in optimizer.param_groups] == [solution.hparams["lr"].item()] * 2 + [0.7]
