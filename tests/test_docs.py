@@ -45,5 +45,5 @@ def test_every_method_has_its_line_in_the_real_problem() -> None:
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_has_a_title_in_the_gallery(example: Path) -> None:
-    title, line, gap = example.read_text().removeprefix('"""').split("\n")[:3]
+    title, line, gap = example.read_text().removeprefix('"""').lstrip().split("\n")[:3]
     assert set(line) == {"="} and len(line) >= len(title) and not gap, "a title, a line of = below it, an empty line"

@@ -155,6 +155,20 @@ def test_cholesky_solves_an_inconsistent_system_in_the_least_squares_sense() -> 
     assert float((flatten(solution.value) - truth).norm() / truth.norm()) <= 1e-12
 
 
+def test_a_neumann_series_that_only_grows_leaves_its_first_term() -> None:
+    diagonal = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    operator = LinearOperator(lambda v: {"w": diagonal * v["w"]}, {"w": diagonal}, symmetric=True)
+    rhs = {"w": torch.tensor([0.0, 3.0], dtype=torch.float64)}
+    solution = bilevel.Neumann(max_steps=5).solve(operator, rhs)
+    assert solution.status == "indefinite"
+    assert torch.allclose(solution.value["w"], rhs["w"])  # over the largest curvature, 1
+    assert solution.relative == pytest.approx(1.5)
+    warm = bilevel.Neumann(max_steps=5).solve(
+        operator, rhs, start={"w": torch.tensor([0.0, -6.0], dtype=torch.float64)}
+    )
+    assert (warm.status, warm.relative) == ("converged", 0.0)
+
+
 def test_an_indefinite_system_is_named_by_cg_and_solved_by_the_others() -> None:
     system, cg = run(CG(rtol=RTOL), "indefinite")
     lowest = float(torch.linalg.eigvalsh(system.matrix)[0])

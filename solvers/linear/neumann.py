@@ -93,6 +93,8 @@ class Neumann:
                 status = "diverged" if curvature > 0.0 else "indefinite"
             elif steps == self.max_steps and best > threshold:
                 status = "indefinite" if size > first and curvature < 0.0 else "max_steps"
+        if start is None and steps and best == first:  # no sum is better than none: the first term, a step of training
+            best_x = step_size * b
         return finished(operator, rhs, best_x, status, steps, low)
 
     def _scaling(self, operator: LinearOperator) -> float:
