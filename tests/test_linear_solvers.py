@@ -159,7 +159,7 @@ def test_a_neumann_series_that_only_grows_leaves_its_first_term() -> None:
     diagonal = torch.tensor([1.0, -0.5], dtype=torch.float64)
     operator = LinearOperator(lambda v: {"w": diagonal * v["w"]}, {"w": diagonal}, symmetric=True)
     rhs = {"w": torch.tensor([0.0, 3.0], dtype=torch.float64)}
-    solution = bilevel.Neumann(max_steps=5).solve(operator, rhs)
+    solution = Neumann(max_steps=5).solve(operator, rhs)
     assert solution.status == "indefinite"
     assert torch.allclose(solution.value["w"], rhs["w"])  # over the largest curvature, 1
     assert solution.relative == pytest.approx(1.5)
