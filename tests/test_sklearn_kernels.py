@@ -9,6 +9,7 @@ import pytest
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, WhiteKernel
 from sklearn.kernel_ridge import KernelRidge
+from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.model_selection import KFold, LeaveOneOut, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,6 +29,18 @@ def test_fold_scores_of_kernel_ridge_are_scikit_learn_s(kernel: str, penalties: 
     search = GradientSearchCV(KernelRidge(kernel=kernel, degree=2), penalties, cv=FOLDS, max_steps=2).fit(X, Y)
     there = cross_val_score(search.best_estimator_, X, Y, cv=FOLDS, scoring="neg_mean_squared_error")
     assert search.best_score_ == pytest.approx(there.mean(), rel=1e-7)
+
+
+def test_a_kernel_of_low_rank_is_not_tuned_for_its_rounding() -> None:
+    # A cubic of two columns has rank 10: alpha against gamma^3 runs off to where the systems are singular.
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2.0, 2.0, (40, 2))
+    y = 5.0 + 3.0 * np.sin(2.0 * x[:, 0]) + 0.3 * rng.normal(size=40) - 5.0
+    search = GradientSearchCV(KernelRidge(kernel="polynomial"), "per-feature", cv=FOLDS).fit(x, y)
+    alpha, gamma = (search.best_params_[name] for name in ("alpha", "gamma"))
+    assert alpha > 1e-12 * np.trace(polynomial_kernel(x, gamma=gamma))
+    there = cross_val_score(search.best_estimator_, x, y, cv=FOLDS, scoring="neg_mean_squared_error")
+    assert search.best_score_ == pytest.approx(there.mean(), rel=1e-4)
 
 
 def test_weights_of_kernel_ridge_are_scikit_learn_s() -> None:

@@ -26,6 +26,7 @@ KERNELS = ("linear", "rbf", "laplacian", "poly", "polynomial")  # positive semid
 WITH_GAMMA = KERNELS[1:]
 ALPHAS, GAMMAS = (1e-3, 1e-1, 10.0), (0.1, 1.0, 10.0)  # times where it starts: what is tried before the run
 REACH = math.log(1e8)
+ROUNDING = 1e-11  # of the kernel's trace: below such an alpha, predictions have fewer than five digits
 
 
 def check(estimator: Any) -> dict[str, Scoring]:
@@ -81,6 +82,7 @@ def tune(
         loss = plain
         if columns is not None and options.spread is not None:
             loss = plain + prior(own, options.spread, y.shape[1])
+        loss = loss + _lost_digits(matrices, alpha)
         (gradient,) = torch.autograd.grad(loss, u)
         params = {"alpha": float(alpha.detach())} | ({"gamma": float(gamma.detach())} if with_gamma else {})
         scale = None if columns is None else own.detach()[columns].numpy()
@@ -106,6 +108,12 @@ def tune(
             moved[1 : 1 + with_gamma] = math.log(g)
             starts.append(begin + moved)
     return descend(evaluate, starts, (begin - REACH, begin + REACH), options)
+
+
+def _lost_digits(matrices: list[Tensor], alpha: Tensor) -> Tensor:
+    """Return what keeps alpha from where the system is singular to rounding, whose noise would be minimized; else 0."""
+    trace = torch.stack([matrix.diagonal().sum() for matrix in matrices]).max()
+    return torch.log((ROUNDING * trace + scorings.TINY) / alpha).clamp(min=0.0) ** 2
 
 
 def _predictions(matrix: Tensor, alpha: Tensor, y: Tensor, weights: Tensor) -> Tensor:
