@@ -98,7 +98,7 @@ def objective(
             raise InvalidValueError(
                 '`value` is "test_loss", and the problem has no third split; write BilevelProblem(..., test_data=...)'
             )
-        callbacks = [*arguments.get("callbacks", ()), *([Pruning(trial, value)] if prune else [])]
+        callbacks = [*(arguments.get("callbacks") or ()), *([Pruning(trial, value)] if prune else [])]
         try:
             solution = solve(problem, method, **{**arguments, "callbacks": callbacks})
         except NonFiniteError as error:

@@ -232,7 +232,8 @@ def _as_solver(solver: Any, with_data: bool) -> InnerSolver:
         )
     if hasattr(solver, "solve"):
         refuse_linear(solver, "inner_solver")
-        return solver  # type: ignore[no-any-return]
-    custom = Custom(solver)
-    _check_arguments(solver, "inner_solver", ["params", "hparams", "data"][: 3 if with_data else 2], "inner_data")
+        if not isinstance(solver, Custom):
+            return solver  # type: ignore[no-any-return]
+    custom = solver if isinstance(solver, Custom) else Custom(solver)
+    _check_arguments(custom.fit, "inner_solver", ["params", "hparams", "data"][: 3 if with_data else 2], "inner_data")
     return custom

@@ -64,6 +64,10 @@ def examples(losses: Tensor, weights: Tensor, index: Tensor | None = None, *, no
         raise InvalidValueError(
             f'weighting.examples: `losses` are {shape}, expected (n), one for each example; reduction="none" gives them'
         )
+    if not isinstance(weights, Tensor):
+        raise InvalidTypeError(
+            f"weighting.examples: `weights` are a {type(weights).__name__}, expected a Tensor, one number an example"
+        )
     if index is not None and (index.is_floating_point() or index.shape != losses.shape or index.dtype == torch.bool):
         raise InvalidValueError(
             f"weighting.examples: `index` is a {index.dtype} tensor of shape {tuple(index.shape)}, expected whole "

@@ -213,3 +213,8 @@ def test_a_detached_fit_cannot_be_unrolled() -> None:
 def test_wrong_solvers_are_named_at_construction(fit: Any, message: str) -> None:
     with pytest.raises(bilevel.BilevelError, match=message):
         tensor_problem(fit)
+
+
+def test_a_loop_that_wants_data_is_refused_without() -> None:
+    with pytest.raises(bilevel.InvalidTypeError, match=r"`inner_solver` takes \(w, h, data\), but is called with"):
+        tensor_problem(bilevel.inner.fit(lambda w, h, data: w))

@@ -110,3 +110,9 @@ def test_without_refit_there_is_no_prediction() -> None:
 def test_a_process_takes_no_weights_of_rows() -> None:
     with pytest.raises(BilevelError, match="GaussianProcessRegressor takes none"):
         GradientSearchCV(GaussianProcessRegressor()).fit(X, Y, sample_weight=np.ones(30))
+
+
+def test_numbers_are_not_taken_for_classes() -> None:
+    whole = np.concatenate([np.arange(30.0), np.repeat(np.arange(30.0, 40.0), 7)])
+    with pytest.raises(BilevelError, match=r"y has 40 classes, 30 of them with a single row; .* take Ridge"):
+        GradientSearchCV(LogisticRegression()).fit(np.ones((100, 2)), whole)

@@ -81,3 +81,8 @@ def test_messages(call: Any, message: str) -> None:
 
 def test_losses_that_are_whole_numbers_do_not_round_their_weights() -> None:
     assert weighting.tasks(torch.tensor([1, 2]), torch.tensor([0.5, 0.25])) == 1.0
+
+
+def test_a_list_of_weights_is_refused() -> None:
+    with pytest.raises(bilevel.InvalidTypeError, match="`weights` are a list, expected a Tensor"):
+        weighting.examples(torch.ones(2), [1.0, 2.0])  # type: ignore[arg-type]

@@ -80,6 +80,7 @@ def read(search: Any, X: Any, y: Any, sample_weight: Any, groups: Any, classes: 
         check_consistent_length(X, y)
     if classes:
         check_classification_targets(y)
+        _check_are_classes(y)
     else:
         y = y.astype(np.float64)
     weights = None
@@ -88,6 +89,16 @@ def read(search: Any, X: Any, y: Any, sample_weight: Any, groups: Any, classes: 
     if groups is not None:
         check_consistent_length(y, groups)
     return Inputs(X, y, weights, groups, names)
+
+
+def _check_are_classes(y: Any) -> None:
+    """Raise where many classes have one row: whole numbers to predict, which scikit-learn takes for classes."""
+    found, rows = np.unique(y, return_counts=True)
+    if len(found) > 2 and (alone := int((rows == 1).sum())) > len(found) / 3:
+        raise InvalidValueError(
+            f"y has {len(found)} classes, {alone} of them with a single row; if it holds numbers to predict, take "
+            "Ridge() or another regression for the estimator"
+        )
 
 
 def targets(y: Any, classes: bool, known: Any = None) -> tuple[Tensor, Any]:
