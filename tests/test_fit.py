@@ -217,4 +217,4 @@ def test_wrong_solvers_are_named_at_construction(fit: Any, message: str) -> None
 
 def test_a_loop_that_wants_data_is_refused_without() -> None:
     with pytest.raises(bilevel.InvalidTypeError, match=r"`inner_solver` takes \(w, h, data\), but is called with"):
-        tensor_problem(bilevel.inner.fit(lambda w, h, data: w))
+        bilevel.BilevelProblem(pulled, pulled, torch.zeros(2), torch.ones(()), bilevel.inner.fit(lambda w, h, data: w))
