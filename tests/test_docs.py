@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bilevel
 from bilevel import METHODS
 from bilevel.method_table import method_table
 
@@ -47,3 +48,9 @@ def test_every_method_has_its_line_in_the_real_problem() -> None:
 def test_an_example_has_a_title_in_the_gallery(example: Path) -> None:
     title, line, gap = example.read_text().removeprefix('"""').lstrip().split("\n")[:3]
     assert set(line) == {"="} and len(line) >= len(title) and not gap, "a title, a line of = below it, an empty line"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "api.md").read_text() + " ".join(vars(bilevel.errors))  # errors come as a whole module
+    missing = [name for name in bilevel.__all__ if name != "METHODS" and not re.search(rf"\b{name}\b", page)]
+    assert not missing, "add them to docs/api.md"
