@@ -143,6 +143,15 @@ def test_plots_fit_the_number_of_hyperparameters(run: tuple[bilevel.Solution, Pa
     assert sum(histogram["y"]) == 1000 and len(histogram["x"]) < 100
 
 
+def test_no_two_lines_look_alike() -> None:
+    start = bilevel.positive(1.0, shape=12)
+    few = bilevel.BilevelProblem(
+        lambda w, h: ((w - 1.0) ** 2 + h * w**2).sum(), lambda w, h: (w**2).sum(), torch.zeros(12).double(), start
+    )
+    lines = {plot.name: plot for plot in plots(seen(bilevel.solve(few, steps=1)))}["values"].traces
+    assert len({(trace["line"]["color"], trace["line"]["dash"]) for trace in lines}) == 12
+
+
 def made(outer: list[float], test: list[float | None], count: int = 30, samples: int | None = None) -> Seen:
     """Return a run with these losses."""
     known: dict[str, Any] = dict.fromkeys(("inner_loss", "inner_residual", "adjoint_residual"))

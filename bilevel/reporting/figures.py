@@ -180,9 +180,10 @@ def _few_bars(start: Record, end: Record, names: list[str]) -> Plot:
 def _few_lines(records: list[Record], names: list[str]) -> Plot:
     steps, traces = [record.step for record in records], []
     dashes = ("solid", "dash", "dot", "dashdot", "longdash")
-    for color, name in enumerate(names):
+    for name in names:
         for i, label in enumerate(_labels(name, records[0].sizes[name])):
-            line = {"color": f"c{1 + color % 5}", "dash": dashes[(color // 5 + i) % 5], "width": 2}
+            color, dash = len(traces) % 5, len(traces) // 5 % 5
+            line = {"color": f"c{1 + color}", "dash": dashes[dash], "width": 2}
             values = [record.hparams[name][i] for record in records]
             traces.append({"type": "scatter", "mode": "lines", "name": label, "x": steps, "y": values, "line": line})
     layout = _axes("outer step", "value", traces)
