@@ -178,7 +178,8 @@ def _few_bars(start: Record, end: Record, names: list[str]) -> Plot:
 
 
 def _few_lines(records: list[Record], names: list[str]) -> Plot:
-    steps, traces = [record.step for record in records], []
+    steps = [record.step for record in records]
+    traces: list[Trace] = []
     dashes = ("solid", "dash", "dot", "dashdot", "longdash")
     for name in names:
         for i, label in enumerate(_labels(name, records[0].sizes[name])):
