@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -27,8 +27,9 @@ from bilevel.inner.base import InnerSolution, Task
 from bilevel.operators import LinearOperator
 from bilevel.prox.base import Penalty
 from bilevel.sklearn.folds import Design
-from bilevel.solvers.linear.base import LinearSolution, finished, wide
-from bilevel.vector import Vector, axpy, dot, subtract
+from bilevel.sklearn.newton import refined
+from bilevel.solvers.linear.base import LinearSolution
+from bilevel.vector import Vector, dot
 
 Floats = NDArray[np.float64]
 TOL, MAX_ITER = 1e-9, 20_000  # of the duality gap, where the support is settled
@@ -156,9 +157,4 @@ class OnSupport:
         def inverse(v: Vector) -> Vector:
             return {"w": self.total * self.lasso.inverse(v)["w"] + held["w"] * v["w"] / curvature}
 
-        x = inverse(rhs)
-        x = axpy(1.0, inverse(subtract(rhs, operator(x))), x)
-        direction = inverse(inverse(x))  # inverse iteration
-        size = dot(direction, direction)
-        smallest = float(dot(direction, operator(direction)) / size) if float(size) > 0.0 else None
-        return replace(finished(operator, rhs, wide(x), "converged", 1, smallest), inverse=inverse)
+        return refined(operator, rhs, inverse)

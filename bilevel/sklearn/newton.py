@@ -151,16 +151,17 @@ class Factored:
 
     def solve(self, operator: LinearOperator, rhs: Vector, start: Vector | None = None) -> LinearSolution:
         """See `bilevel.solvers.linear.base.LinearSolver`."""
-        x = self._inverse(rhs)
-        x = axpy(1.0, self._inverse(subtract(rhs, operator(x))), x)
-        direction = self._inverse(self._inverse(x))  # inverse iteration
-        size = dot(direction, direction)
-        curvature = float(dot(direction, operator(direction)) / size) if float(size) > 0.0 else None
-        solution = finished(operator, rhs, wide(x), "converged", 1, curvature)
-        return replace(solution, inverse=self._inverse)
+        return refined(operator, rhs, lambda v: {"w": self.total * self.newton.inverse(v)["w"]})
 
-    def _inverse(self, v: Vector) -> Vector:
-        return {"w": self.total * self.newton.inverse(v)["w"]}
+
+def refined(operator: LinearOperator, rhs: Vector, inverse: Callable[[Vector], Vector]) -> LinearSolution:
+    """Solve by an inverse that is exact but for rounding, refined once; inverse iteration finds the curvature."""
+    x = inverse(rhs)
+    x = axpy(1.0, inverse(subtract(rhs, operator(x))), x)
+    direction = inverse(inverse(x))
+    size = dot(direction, direction)
+    curvature = float(dot(direction, operator(direction)) / size) if float(size) > 0.0 else None
+    return replace(finished(operator, rhs, wide(x), "converged", 1, curvature), inverse=inverse)
 
 
 def _factor(hessian: Tensor) -> Tensor:
