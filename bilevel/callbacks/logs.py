@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -23,7 +24,7 @@ from bilevel.solution import Record, Solution
 FORMAT = 1
 
 
-class _Log(Callback):
+class _Log(Callback, ABC):
     """A text file with a first line, and a line for each record.
 
     Args:
@@ -72,15 +73,17 @@ class _Log(Callback):
                 f"{self.path} is no log that {type(self).__name__} wrote; it is left as it is: give another path"
             )
 
+    @abstractmethod
     def _begins(self, first: str) -> bool:
         """Say whether the first line is that of such a log."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _head(self, context: dict[str, Any], start: Record) -> str:
-        raise NotImplementedError
+        """Return the first line."""
 
+    @abstractmethod
     def _line(self, record: Record) -> str:
-        raise NotImplementedError
+        """Return the line of a record."""
 
 
 class CSV(_Log):
