@@ -242,7 +242,10 @@ class HyperOptimizer:
             t.data = t.data.to(first)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, as plain values and tensors, all that the next step depends on beside the model."""
+        """Return, as plain values and tensors, all that the next step depends on beside the model.
+
+        As in torch.optim they are the live ones: to go back to them later, take a copy.deepcopy.
+        """
         kept = self._resumed if self._evaluator is None else _kept(self._evaluator)
         return {
             "steps": self.steps,

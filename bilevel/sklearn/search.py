@@ -61,7 +61,8 @@ class GradientSearchCV(Delegates, MetaEstimatorMixin, BaseEstimator):  # type: i
             names to strengths, which `set_params` does not take; `best_estimator_` has them.
         best_score_: mean score of the validation rows of the folds, larger is better.
         best_index_: the row of `cv_results_` that the search ended at.
-        cv_results_: as in GridSearchCV, one row for each point that was evaluated.
+        cv_results_: as in GridSearchCV, one row for each point that was evaluated. The folds train together: the fit
+            time of one is its share of all, scoring included, so their deviations and the score times are zero.
         n_splits_: folds.
         refit_time_: seconds.
         scoring_: the name of the scoring.
