@@ -30,9 +30,8 @@ from bilevel.solvers.linear.lanczos import energy_bound, expected_smallest
 from bilevel.vector import Vector, axpy, norm, subtract, unflatten
 
 SMALL = 3e-4  # a third of the error that "exact" allows
-NEAR = (
-    1e-4  # the part of it that may come from the inner solution where tolerances follow the estimate: often too large
-)
+# The part of it that may come from the inner solution where tolerances follow the estimate: its bound is often large.
+NEAR = 1e-4
 SHARE, FEWEST = 6, 3  # of the products that the adjoint took, one in so many may go into a bound of |H^-1 R|
 TURNED = 3.0  # relative change of the hypergradient over that of ∂f/∂w
 FEW = 10  # hyperparameters, whose B may be blind to v and to e by chance
